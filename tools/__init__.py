@@ -1,0 +1,8 @@
+"""What agents act with: the tool protocol, built-in tools, environments with checkers."""
+
+from __future__ import annotations
+
+from nexactor.tools.decorator import load_tool, tool
+from nexactor.tools.protocol import Repeat, Tool, ToolContext, ToolError, ToolResult
+
+__all__ = ["Repeat", "Tool", "ToolContext", "ToolError", "ToolResult", "load_tool", "tool"]
