@@ -55,9 +55,7 @@ def unescape(token: str) -> str:
     """The inverse of `escape`."""
     if token == "%":
         return ""
-    return re.sub(
-        r"(?:%[0-9A-F]{2})+", lambda m: bytes.fromhex(m.group().replace("%", "")).decode(), token
-    )
+    return re.sub(r"(?:%[0-9A-F]{2})+", lambda m: bytes.fromhex(m.group().replace("%", "")).decode(), token)
 
 
 def digest(value: Any) -> str:

@@ -40,7 +40,7 @@ def render_tools(tools: Sequence[ToolSpec]) -> str:
         names = ", ".join(n if n in required else f"{n}?" for n in properties)
         lines.append(f"- {tool.name}({names}): {tool.description.strip().splitlines()[0]}")
     example = tools[0]
-    arguments = {n: "..." for n in example.parameters.get("properties", {})}
+    arguments = dict.fromkeys(example.parameters.get("properties", {}), "...")
     lines.append("Call a tool by answering only, for example:")
     lines.append(render_call(example.name, json.dumps(arguments)))
     return "\n".join(lines)
