@@ -5,7 +5,9 @@ Nothing heavy is imported before it is used (PEP 562): `import nexactor.learner`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nexactor.events.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from nexactor.learner.fetch import resolve_policy as resolve_policy
@@ -16,22 +18,13 @@ if TYPE_CHECKING:
     from nexactor.learner.weights import load_policy as load_policy
     from nexactor.learner.weights import save_policy as save_policy
 
-_HOMES = {
-    "Config": "model",
-    "Policy": "weights",
-    "PolicyTokenizer": "tokenizer",
-    "load_policy": "weights",
-    "make_tiny_policy": "tiny",
-    "resolve_policy": "fetch",
-    "save_policy": "weights",
+_EXPORTS = {
+    "Config": "nexactor.learner.model",
+    "Policy": "nexactor.learner.weights",
+    "PolicyTokenizer": "nexactor.learner.tokenizer",
+    "load_policy": "nexactor.learner.weights",
+    "make_tiny_policy": "nexactor.learner.tiny",
+    "resolve_policy": "nexactor.learner.fetch",
+    "save_policy": "nexactor.learner.weights",
 }
-
-__all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)
