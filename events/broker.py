@@ -37,8 +37,13 @@ _ATTEMPT = 5.0
 
 _log = logging.getLogger("nexactor.events.broker")
 
-# JetStream answers that pass by themselves: temporarily unavailable, leader not elected yet, too many requests.
-_PASSING = frozenset({10008, 10009, 10074, 10167})
+# Unavailable, but for reasons that only a person removes: resources exhausted, JetStream off, store failed.
+_LASTING = frozenset({10023, 10039, 10076, 10077})
+
+
+def passes_by_itself(code: int, status: int) -> bool:
+    """Whether a JetStream error (its err_code and status) is one of an outage or overload, worth trying again."""
+    return status in (429, 503) and code not in _LASTING
 
 
 class ApiError(BrokerError):
@@ -111,7 +116,9 @@ class Broker:
         while True:
             left = deadline - loop.time()
             if left <= 0:
-                raise LogUnavailable(f"the broker at {self.url} gave no answer to {subject} for {timeout:.0f} s")
+                raise LogUnavailable(
+                    f"the broker at {self.url} gave no answer to {subject} for {timeout:.0f} s"
+                )
             await self.connected(left)
             left = deadline - loop.time()
             try:
@@ -138,12 +145,16 @@ class Broker:
         while True:
             left = deadline - loop.time()
             if left <= 0:
-                raise LogUnavailable(f"the broker at {self.url} gave no answer to {subject} for {timeout:.0f} s")
+                raise LogUnavailable(
+                    f"the broker at {self.url} gave no answer to {subject} for {timeout:.0f} s"
+                )
             await self.connected(left)
             replies: list[Msg] = []
             done: asyncio.Future[None] = loop.create_future()
 
-            def take(reply: Msg | _Lost, replies: list[Msg] = replies, done: asyncio.Future[None] = done) -> None:
+            def take(
+                reply: Msg | _Lost, replies: list[Msg] = replies, done: asyncio.Future[None] = done
+            ) -> None:
                 if done.done():
                     return
                 if isinstance(reply, _Lost):
@@ -164,7 +175,9 @@ class Broker:
                 self._replies.pop(token, None)
             return replies
 
-    async def api(self, call: str, payload: dict[str, Any] | None = None, *, timeout: float = DEADLINE) -> dict[str, Any]:
+    async def api(
+        self, call: str, payload: dict[str, Any] | None = None, *, timeout: float = DEADLINE
+    ) -> dict[str, Any]:
         """One call of the JetStream API, like `api("STREAM.INFO.NAME", {})`; waits through outages.
 
         Raises ApiError if the server refuses it, LogUnavailable after `timeout` seconds without an answer.
@@ -181,8 +194,9 @@ class Broker:
             error = answer.get("error")
             if error is None:
                 return answer
-            code = int(error.get("err_code", error.get("code", 0)))
-            if code not in _PASSING or loop.time() > deadline:
+            status = int(error.get("code", 0))
+            code = int(error.get("err_code", status))
+            if not passes_by_itself(code, status) or loop.time() > deadline:
                 raise ApiError(call, code, str(error.get("description", "no reason given")))
             await asyncio.sleep(pause)
             pause = min(pause * 2, 0.25)
@@ -228,7 +242,7 @@ class Broker:
                 answer.set_result(reply)
 
         token = self._expect(take)
-        timer = loop.call_later(timeout, lambda: answer.done() or answer.set_exception(TimeoutError()))
+        timer = loop.call_later(timeout, _expire, answer)
         try:
             await self.nc.publish(subject, payload, reply=f"{self._inbox}.{token}", headers=headers)
             return await answer
@@ -280,9 +294,7 @@ class Broker:
                         await self._up.wait()
 
 
-async def connect(
-    *, data: Path | None = None, url: str | None = None, namespace: str = "default"
-) -> Broker:
+async def connect(*, data: Path | None = None, url: str | None = None, namespace: str = "default") -> Broker:
     """Connect to the broker: `url`, else NEXACTOR_NATS_URL, else the embedded server of the folder `data`.
 
     `data` defaults to ./.nexactor. `url` may list several servers with commas, and hold credentials
@@ -309,6 +321,11 @@ async def connect(
     except BaseException:
         await embedded.stop()
         raise
+
+
+def _expire(answer: asyncio.Future[Msg]) -> None:
+    if not answer.done():
+        answer.set_exception(TimeoutError())
 
 
 def without_secrets(url: str) -> str:

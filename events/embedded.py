@@ -166,7 +166,8 @@ class Embedded:
                 log.unlink()
             with log.open("ab") as output:
                 before = output.tell()
-                self.child = child = subprocess.Popen(
+                # Popen takes a millisecond or two; asyncio's own subprocesses would die with the event loop.
+                self.child = child = subprocess.Popen(  # noqa: ASYNC220
                     _command(binary, config),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -209,7 +210,8 @@ class Embedded:
                     stream.seek(before)
                     said = stream.read()[-1500:].decode(errors="replace").strip()
                 raise BrokerError(
-                    f"{binary} ended with exit code {child.returncode} instead of serving {self.folder}; it said:\n{said}"
+                    f"{binary} ended with exit code {child.returncode} instead of serving {self.folder}; "
+                    f"it said:\n{said}"
                 )
             await asyncio.sleep(0.002)
         raise BrokerError(f"{binary} did not listen within {START_DEADLINE:.0f} s: see {log}")
@@ -310,7 +312,9 @@ def _choose_port(previous: int | None) -> int:
     fixed = os.environ.get("NEXACTOR_NATS_PORT", "")
     if fixed:
         if not fixed.isdecimal() or not 0 < int(fixed) < 65536:
-            raise BrokerError(f"NEXACTOR_NATS_PORT is {fixed!r}: write a port number between 1 and 65535, or unset it")
+            raise BrokerError(
+                f"NEXACTOR_NATS_PORT is {fixed!r}: write a port number between 1 and 65535, or unset it"
+            )
         if not _is_free(int(fixed)):
             raise BrokerError(
                 f"port {fixed} (from NEXACTOR_NATS_PORT) is taken by another program: "
@@ -328,7 +332,8 @@ def _choose_port(previous: int | None) -> int:
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         if os.name == "posix":
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: TIME_WAIT is no obstacle
+            # As the server does: connections in TIME_WAIT are no obstacle.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:
