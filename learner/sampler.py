@@ -1,0 +1,532 @@
+"""The sampler: an engine that decodes many conversations at once on one copy of the weights.
+
+A fixed number of slots, each a row of the key-value cache. One worker thread alternates between a bounded chunk of
+prefill and one decode step for all active sequences, so that a long new prompt never starves those that are
+answering. A prompt is prefilled except for its last token, which the first decode step feeds: sampling
+therefore has one code path. Only tokens that no slot holds yet are computed: the next turn of a conversation goes on
+in its slot, a prefix shared with another conversation (a system prompt, the members of a group) is copied, and a
+request whose prefix is just being computed for another waits for it.
+
+New weights: requests in flight finish on the weights they began with, new ones start on the new weights at once,
+and both are decoded side by side until the old are done. So every answer, ids and log-probabilities, belongs to
+exactly one policy version, nothing is dropped and nothing waits; keys and values of old weights are never
+reused by a request on new ones.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import jax
+import msgspec
+import numpy as np
+
+from nexactor.events.errors import NexactorError
+from nexactor.learner.cache import Cache, Dice, Rows, allocate, copy_prefix, decode, prefill, windows
+from nexactor.learner.model import Config, Params
+
+logger = logging.getLogger(__name__)
+
+_WORTH_COPYING = 16
+"""Tokens from which copying a prefix from another slot beats computing it."""
+
+
+class QueueFull(NexactorError):
+    """Too many requests wait already: try again later."""
+
+
+class PromptTooLong(NexactorError):
+    """The prompt leaves no room for an answer within the sampler's `max_len`."""
+
+
+class SamplerClosed(NexactorError):
+    """The sampler was stopped before the request was finished."""
+
+
+class SampleRequest(msgspec.Struct, frozen=True):
+    """What to sample. `seed` is any integer (64 bits are used); `temperature` 0 is greedy.
+
+    `stop` are strings at which the answer ends; `max_tokens` is cut to what fits into `max_len`.
+    """
+
+    prompt: Sequence[int]
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """What was sampled.
+
+    `ids` includes the token that ended the answer (an end-of-sequence token: `ended` is true; or the one that
+    completed the stop string `stopped_by`). `logprobs` are float32 log-probabilities of `ids` under the policy itself:
+    at temperature 1 and before top-p, whatever the request sampled at, since this is what a learner compares
+    with. `cached_tokens` counts prompt tokens that were not computed again. `version`: the policy that sampled.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    version: str
+    ended: bool = False
+    stopped_by: str = ""
+    cached_tokens: int = 0
+    queued_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+class SamplerStats(msgspec.Struct, frozen=True):
+    """Counters since the start, and what is going on now."""
+
+    waiting: int = 0
+    active: int = 0
+    slots: int = 0
+    requests: int = 0
+    sampled_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    cancelled: int = 0
+    decode_steps: int = 0
+    prefill_steps: int = 0
+    decode_s: float = 0.0
+    prefill_s: float = 0.0
+    compilations: int = 0
+    swaps: int = 0
+    version: str = ""
+
+
+class Ticket:
+    """A request in the sampler. `future` gives its Sample; cancelling the future gives its slot back
+    before the next step. `on_token(id, logprob)` is called in the worker's thread for every sampled token.
+    """
+
+    def __init__(self, request: SampleRequest, on_token: Callable[[int, float], None] | None) -> None:
+        self.request = request
+        self.future: Future[Sample] = Future()
+        self.on_token = on_token
+
+
+class _Weights(msgspec.Struct, frozen=True):
+    """Weights, their name, and how many times weights were swapped before them."""
+
+    params: Params
+    version: str
+    epoch: int
+
+
+class _Slot:
+    """A row of the cache and the tokens whose keys and values it holds."""
+
+    def __init__(self, row: int, positions: int) -> None:
+        self.row = row
+        self.tokens = np.zeros(positions, np.int32)
+        self.length = 0
+        self.epoch = 0
+        self.busy = False
+        self.used = 0.0
+
+    def shares(self, prompt: np.ndarray[Any, Any], epoch: int) -> int:
+        """How many leading tokens of `prompt` this slot holds, computed on the weights of `epoch`."""
+        return _common(self.tokens[: self.length], prompt) if self.epoch == epoch else 0
+
+
+class _Sequence:
+    """A request that has a slot."""
+
+    def __init__(
+        self, ticket: Ticket, prompt: np.ndarray[Any, Any], slot: _Slot, cached: int, weights: _Weights
+    ) -> None:
+        self.ticket, self.prompt, self.slot, self.cached, self.weights = ticket, prompt, slot, cached, weights
+        request = ticket.request
+        self.next_token = int(prompt[-1])
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.limit = request.max_tokens
+        seed = request.seed & 0xFFFF_FFFF_FFFF_FFFF
+        self.seed = (seed >> 32, seed & 0xFFFF_FFFF)
+        self.times: list[float] = [0.0, 0.0, 0.0]
+
+    @property
+    def remaining(self) -> int:
+        """Prompt tokens still to prefill: all but the last are."""
+        return len(self.prompt) - 1 - self.slot.length
+
+
+class Sampler:
+    """Continuous batching over `slots` sequences of up to `max_len` tokens (prompt and answer).
+
+    `text` turns ids into text (for stop strings). `chunk` bounds the prompt tokens computed between two decode steps,
+    `queue` the requests that wait for a slot. Start it, submit, stop it; all methods may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        config: Config,
+        *,
+        text: Callable[[Sequence[int]], str],
+        eos_ids: frozenset[int],
+        version: str = "",
+        slots: int = 16,
+        max_len: int = 2048,
+        queue: int = 256,
+        chunk: int = 128,
+    ) -> None:
+        if slots < 1 or chunk < 16:
+            raise NexactorError(f"slots is {slots} and chunk {chunk}: give at least 1 and 16")
+        self.config, self.max_len = config, min(max_len, config.max_positions)
+        self._weights = _Weights(params, version, 0)
+        self._text, self._eos = text, eos_ids
+        self._chunk, self._queue_limit = chunk, queue
+        positions = self.max_len + chunk
+        self._cache: Cache = allocate(config, slots, positions)
+        self._slots = [_Slot(i, positions) for i in range(slots)]
+        self._scratch = slots
+        self._windows = windows(positions)
+        self._by_row = jax.default_backend() == "cpu"
+        self._waiting: collections.deque[tuple[Ticket, np.ndarray[Any, Any], float]] = collections.deque()
+        self._prefilling: list[_Sequence] = []
+        self._decoding: list[_Sequence] = []
+        self._cond = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
+        self._programs: set[tuple[Any, ...]] = set()
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._seconds = {"decode": 0.0, "prefill": 0.0}
+        self.failure: BaseException | None = None
+
+    # ---- from any thread ----------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the worker."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop the worker after its current step; unfinished requests fail with SamplerClosed."""
+        with self._cond:
+            self._closed = True
+            self._cond.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._abandon(SamplerClosed("the sampler was stopped before it finished this request"))
+
+    def submit(self, request: SampleRequest, on_token: Callable[[int, float], None] | None = None) -> Ticket:
+        """Queue a request. Raises PromptTooLong, QueueFull, SamplerClosed, or NexactorError for bad values."""
+        prompt = np.asarray(request.prompt, np.int32)
+        if not len(prompt):
+            raise NexactorError("the prompt is empty: give at least one token")
+        if int(prompt.min()) < 0 or int(prompt.max()) >= self.config.vocab:
+            raise NexactorError(f"a prompt token lies outside the vocabulary (0 to {self.config.vocab - 1})")
+        if request.max_tokens < 1:
+            raise NexactorError(f"max_tokens is {request.max_tokens}: it must be at least 1")
+        if len(prompt) + 1 > self.max_len:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt)} tokens and the policy's context is {self.max_len}: "
+                "shorten the conversation or start the server with a larger --max-len"
+            )
+        ticket = Ticket(request, on_token)
+        with self._cond:
+            if self._closed or self.failure is not None:
+                raise SamplerClosed(f"the sampler is not running ({self.failure or 'stopped'})")
+            if len(self._waiting) >= self._queue_limit:
+                raise QueueFull(f"{len(self._waiting)} requests wait for a slot already: try again later")
+            self._waiting.append((ticket, prompt, time.monotonic()))
+            self._counts["requests"] += 1
+            self._cond.notify()
+        return ticket
+
+    def swap(self, params: Params, version: str) -> None:
+        """Serve new requests from `params` from now on; those in flight finish on what they began with."""
+        with self._cond:
+            self._weights = _Weights(params, version, self._weights.epoch + 1)
+            self._counts["swaps"] += 1
+
+    def stats(self) -> SamplerStats:
+        """Counters, without stopping anything."""
+        with self._cond:
+            return SamplerStats(
+                waiting=len(self._waiting),
+                active=len(self._prefilling) + len(self._decoding),
+                slots=len(self._slots),
+                version=self._weights.version,
+                compilations=len(self._programs),
+                decode_s=self._seconds["decode"],
+                prefill_s=self._seconds["prefill"],
+                **{
+                    n: self._counts[n]
+                    for n in (
+                        "requests", "sampled_tokens", "prompt_tokens", "cached_tokens", "cancelled",
+                        "decode_steps", "prefill_steps", "swaps",
+                    )
+                },
+            )  # fmt: skip
+
+    # ---- the worker ---------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._cond:
+                    while not (self._closed or self._waiting or self._prefilling or self._decoding):
+                        self._cond.wait()
+                    if self._closed:
+                        return
+                self.step()
+        except BaseException as error:
+            logger.exception("the sampler failed; requests are refused from now on")
+            with self._cond:
+                self.failure = error
+            failed = SamplerClosed(f"the sampler failed: {error!r}; restart the policy server")
+            failed.__cause__ = error
+            self._abandon(failed)
+
+    def _abandon(self, error: NexactorError) -> None:
+        with self._cond:
+            tickets = [t for t, _, _ in self._waiting]
+            tickets += [s.ticket for s in (*self._prefilling, *self._decoding)]
+            self._waiting.clear()
+            self._prefilling, self._decoding = [], []
+        for ticket in tickets:
+            if ticket.future.set_running_or_notify_cancel():
+                ticket.future.set_exception(error)
+
+    def step(self) -> None:
+        """One round: drop what was cancelled, admit, prefill a chunk, decode a token for every active sequence."""
+        self._drop_cancelled()
+        self._admit()
+        if self._prefilling:
+            self._prefill_chunk()
+        groups: dict[int, list[_Sequence]] = {}
+        for sequence in self._decoding:
+            groups.setdefault(sequence.weights.epoch, []).append(sequence)
+        for group in groups.values():
+            self._decode_step(group)
+
+    def _drop_cancelled(self) -> None:
+        with self._cond:
+            kept = [w for w in self._waiting if not w[0].future.cancelled()]
+            left = [s for s in (*self._prefilling, *self._decoding) if s.ticket.future.cancelled()]
+            self._counts["cancelled"] += len(self._waiting) - len(kept) + len(left)
+            self._waiting = collections.deque(kept)
+            for sequence in left:
+                self._leave(sequence)
+
+    def _leave(self, sequence: _Sequence) -> None:
+        """Give a slot back; what it holds may serve a later request of the same version."""
+        for group in (self._prefilling, self._decoding):
+            if sequence in group:
+                group.remove(sequence)
+        sequence.slot.busy = False
+        sequence.slot.used = time.monotonic()
+
+    def _admit(self) -> None:
+        """Give free slots to waiting requests, first come first served, except that one whose prefix is being
+        computed by another waits for that instead of computing it again."""
+        with self._cond:
+            put_off, epoch = [], self._weights.epoch
+            while self._waiting and any(not s.busy for s in self._slots):
+                ticket, prompt, since = self._waiting.popleft()
+                needed = prompt[:-1]
+                best = max(self._slots, key=lambda s: s.shares(needed, epoch))
+                cached = best.shares(needed, epoch)
+                coming = [s.prompt[:-1] for s in self._prefilling if s.weights.epoch == epoch]
+                soon = max((_common(p, needed) for p in coming), default=0)
+                if soon >= cached + _WORTH_COPYING:
+                    put_off.append((ticket, prompt, since))
+                    continue
+                self._place(ticket, prompt, since, best, cached)
+            self._waiting.extendleft(reversed(put_off))
+
+    def _place(
+        self, ticket: Ticket, prompt: np.ndarray[Any, Any], since: float, best: _Slot, cached: int
+    ) -> None:
+        """Choose a slot. A slot whose whole content the prompt continues is taken as it is; otherwise the one
+        used longest ago is, and the shared prefix is copied there, so that `best` stays whole for its own next turn."""
+        free = [s for s in self._slots if not s.busy]
+        slot, epoch = best, self._weights.epoch
+        if best.busy or cached == 0 or cached < best.length:
+            slot = min(free, key=lambda s: (s.length > 0 and s.epoch == epoch, s.used))
+            own = slot.shares(prompt[:-1], epoch)
+            if own < cached and cached >= _WORTH_COPYING:
+                size = next(w for w in self._windows if w >= cached)
+                self._programs.add(("copy", size))
+                self._cache = copy_prefix(self._cache, np.int32(best.row), np.int32(slot.row), length=size)
+                slot.tokens[:cached] = best.tokens[:cached]
+            else:
+                cached = own
+        slot.length, slot.epoch, slot.busy = cached, epoch, True
+        sequence = _Sequence(ticket, prompt, slot, cached, self._weights)
+        sequence.limit = min(ticket.request.max_tokens, self.max_len - len(prompt))
+        now = time.monotonic()
+        sequence.times = [now - since, now, now]
+        self._counts["prompt_tokens"] += len(prompt)
+        self._counts["cached_tokens"] += cached
+        (self._prefilling if sequence.remaining else self._decoding).append(sequence)
+
+    def _prefill_chunk(self) -> None:
+        """Compute up to `chunk` prompt tokens, of up to four sequences of one version at once."""
+        began = time.monotonic()
+        first = self._prefilling[0]
+        ready = [s for s in self._prefilling if s.weights.epoch == first.weights.epoch][:4]
+        batch = 1 << (len(ready).bit_length() - 1)
+        ready = ready[:batch]
+        longest = max(s.remaining for s in ready)
+        size = max(16, self._chunk // batch)
+        while size // 2 >= max(16, longest):
+            size //= 2
+        tokens = np.zeros((batch, size), np.int32)
+        counts = []
+        for i, s in enumerate(ready):
+            count = min(size, s.remaining)
+            tokens[i, :count] = s.prompt[s.slot.length : s.slot.length + count]
+            counts.append(count)
+        rows = Rows(tokens, _int32(s.slot.row for s in ready), _int32(s.slot.length for s in ready))
+        window = self._window(rows.start)
+        self._programs.add(("prefill", batch, size, window))
+        self._cache = prefill(first.weights.params, self._cache, rows, config=self.config, window=window)
+        self._cache.k.block_until_ready()
+        now = time.monotonic()
+        with self._cond:
+            for i, s in enumerate(ready):
+                s.slot.tokens[s.slot.length : s.slot.length + counts[i]] = tokens[i, : counts[i]]
+                s.slot.length += counts[i]
+                if not s.remaining:
+                    s.times[2] = now
+                    self._prefilling.remove(s)
+                    self._decoding.append(s)
+            self._counts["prefill_steps"] += 1
+            self._seconds["prefill"] += now - began
+
+    def _decode_step(self, group: list[_Sequence]) -> None:
+        """One token for every sequence of a group (all on the same weights)."""
+        began = time.monotonic()
+        size = 2
+        while size < len(group):
+            size *= 2
+        pad = size - len(group)
+        requests = [s.ticket.request for s in group]
+        rows = Rows(
+            _int32([*(s.next_token for s in group), *[0] * pad])[:, None],
+            _int32([*(s.slot.row for s in group), *[self._scratch] * pad]),
+            _int32([*(s.slot.length for s in group), *[0] * pad]),
+        )
+        dice = Dice(
+            np.array([*(s.seed for s in group), *[(0, 0)] * pad], np.uint32),
+            np.array([*(r.temperature for r in requests), *[0.0] * pad], np.float32),
+            np.array([*(r.top_p for r in requests), *[1.0] * pad], np.float32),
+        )
+        truncate = any(r.top_p < 1.0 and r.temperature > 0 for r in requests)
+        window = self._window(rows.start)
+        self._programs.add(("decode", size, window, truncate))
+        self._cache, ids, logprobs = decode(
+            group[0].weights.params,
+            self._cache,
+            rows,
+            dice,
+            config=self.config,
+            window=window,
+            truncate=truncate,
+        )
+        new_ids, new_logprobs = np.asarray(ids).tolist(), np.asarray(logprobs).tolist()
+        with self._cond:
+            self._counts["decode_steps"] += 1
+            self._counts["sampled_tokens"] += len(group)
+            self._seconds["decode"] += time.monotonic() - began
+        for sequence, token, logprob in zip(group, new_ids, new_logprobs, strict=False):
+            self._sampled(sequence, token, logprob)
+
+    def _sampled(self, s: _Sequence, token: int, logprob: float) -> None:
+        """Take a sampled token in; finish the sequence if it ends it."""
+        slot = s.slot
+        slot.tokens[slot.length] = s.next_token
+        slot.length += 1
+        s.next_token = token
+        s.ids.append(token)
+        s.logprobs.append(logprob)
+        if s.ticket.on_token is not None:
+            s.ticket.on_token(token, logprob)
+        ended = token in self._eos
+        stopped_by = "" if ended else self._stop_string(s)
+        if not (ended or stopped_by or len(s.ids) >= s.limit):
+            return
+        with self._cond:
+            self._leave(s)
+        if not s.ticket.future.set_running_or_notify_cancel():
+            return
+        queued, admitted, answering = s.times
+        s.ticket.future.set_result(
+            Sample(
+                ids=s.ids,
+                logprobs=s.logprobs,
+                finish_reason="stop" if ended or stopped_by else "length",
+                version=s.weights.version,
+                ended=ended,
+                stopped_by=stopped_by,
+                cached_tokens=s.cached,
+                queued_s=queued,
+                prefill_s=answering - admitted,
+                decode_s=time.monotonic() - answering,
+            )
+        )
+
+    def _stop_string(self, s: _Sequence) -> str:
+        """The stop string that the last token completed, if any: a token adds at least a byte, so looking
+        at as many tokens as the string has bytes is enough."""
+        for stop in s.ticket.request.stop:
+            if stop in self._text(s.ids[-len(stop.encode()) - 4 :]):
+                return stop
+        return ""
+
+    def _window(self, starts: np.ndarray[Any, Any]) -> int | None:
+        """The cache positions a batched program must look at; None where each row has its own."""
+        if self._by_row:
+            return None
+        longest = int(starts.max())
+        return next(w for w in self._windows if w >= longest)
+
+    def warm(self) -> None:
+        """Compile (or fetch from JAX's compilation cache) the programs that most requests need, before `start`."""
+        params, common = self._weights.params, {"config": self.config, "window": self._window(_int32([0]))}
+        window, batch = common["window"], 1
+        while batch <= 4:
+            size = max(16, self._chunk // batch)
+            while size >= 16:
+                rows = Rows(np.zeros((batch, size), np.int32), *self._nowhere(batch))
+                self._cache = prefill(params, self._cache, rows, **common)
+                self._programs.add(("prefill", batch, size, window))
+                size //= 2
+            batch *= 2
+        size = 2
+        while True:
+            rows = Rows(np.zeros((size, 1), np.int32), *self._nowhere(size))
+            dice = Dice(np.zeros((size, 2), np.uint32), np.zeros(size, np.float32), np.ones(size, np.float32))
+            self._cache, ids, _ = decode(params, self._cache, rows, dice, truncate=False, **common)
+            self._programs.add(("decode", size, window, False))
+            if size >= len(self._slots):
+                break
+            size *= 2
+        ids.block_until_ready()
+
+    def _nowhere(self, batch: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """`rows` and `start` of a batch of padding."""
+        return _int32([self._scratch] * batch), _int32([0] * batch)
+
+
+def _int32(values: Any) -> np.ndarray[Any, Any]:
+    return np.fromiter(values, np.int32)
+
+
+def _common(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> int:
+    """Length of the longest common prefix."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
