@@ -32,8 +32,8 @@ Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 class RopeScaling:
     """How RoPE frequencies are stretched beyond the context a model was first trained on.
 
-    `kind` is "linear" (all frequencies divided by `factor`) or "llama3" (long wavelengths only, as in Llama 3.1;
-    `transformers.modeling_rope_utils._compute_llama3_parameters`).
+    `kind` is "linear" (all frequencies divided by `factor`) or "llama3" (long wavelengths only, as in Llama
+    3.1; `transformers.modeling_rope_utils._compute_llama3_parameters`).
     """
 
     kind: str
@@ -62,7 +62,7 @@ class Config:
     qkv_bias: bool = False
     qk_norm: bool = False
     dtype: str = "float32"
-    """Compute dtype of the products. Weights keep their own; norms, softmax and log-probabilities are float32."""
+    """Compute dtype of the products. Weights keep theirs; norms, softmax and log-probabilities are float32."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def rope_frequencies(config: Config) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """RoPE (arXiv 2104.09864), Hugging Face's half-split layout: x [b,t,heads,hd], cos and sin [b,t,1,hd//2]."""
+    """RoPE (arXiv 2104.09864), Hugging Face's half-split layout: x [b,t,heads,hd], cos, sin [b,t,1,hd//2]."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
@@ -194,8 +194,8 @@ def forward(
     """Final hidden states (after the last norm), [batch, time, width] in `config.dtype`, and the new cache.
 
     `tokens`, `positions`: [batch, time] int32. Every leaf of `cache` has the layers on axis 0: one slice is
-    given to each layer's `attend`, and what those return is stacked again. `remat` recomputes a block's inside
-    in the backward pass instead of keeping it; `unroll` is passed to `lax.scan`.
+    given to each layer's `attend`, and what those return is stacked again. `remat` recomputes a block's
+    inside in the backward pass instead of keeping it; `unroll` is passed to `lax.scan`.
     """
     c, dtype = config, jnp.dtype(config.dtype)
     batch, time = tokens.shape
@@ -260,8 +260,8 @@ def token_log_probs(
     """Log-probability of each target and entropy of its distribution, both [...] float32.
 
     `hidden` [..., width] predicts `targets` [...] int32. Logits exist for `chunk` tokens at a time only,
-    forward and backward. The head is a large part of a small model: gather the positions that carry loss before
-    calling this (a flat [tokens, width] will do). Divide `hidden` by a temperature to score under it.
+    forward and backward. The head is a large part of a small model: gather the positions that carry loss
+    before calling this (a flat [tokens, width] will do). Divide `hidden` by a temperature to score under it.
     """
     flat, goal = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     count = flat.shape[0]
