@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 from nexactor.tools.decorator import load_tool, tool
+from nexactor.tools.environment import Environment, EnvironmentFault, Score, Task
 from nexactor.tools.protocol import Repeat, Tool, ToolContext, ToolError, ToolResult
 
-__all__ = ["Repeat", "Tool", "ToolContext", "ToolError", "ToolResult", "load_tool", "tool"]
+__all__ = [
+    "Environment",
+    "EnvironmentFault",
+    "Repeat",
+    "Score",
+    "Task",
+    "Tool",
+    "ToolContext",
+    "ToolError",
+    "ToolResult",
+    "load_tool",
+    "tool",
+]

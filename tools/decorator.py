@@ -119,9 +119,10 @@ def _schema(arguments: type[msgspec.Struct]) -> tuple[dict[str, Any], dict[str, 
 
 
 def load_tool(binding: str, *, beside: Path | None = None) -> Tool:
-    """Import the tool at `module:name` (`name` may be dotted). A plain typed function there becomes a tool with defaults.
+    """Import the tool at `module:name` (`name` may be dotted).
 
-    `beside` is a folder searched first, e.g. that of the YAML file that names the binding.
+    A plain typed function found there becomes a tool with the defaults of `@tool`. `beside` is a folder
+    searched first, e.g. that of the YAML file that names the binding.
     Raises ConfigError that says what failed to import, where it was looked for, and the nearest names.
     """
     module_name, colon, attribute = binding.partition(":")
@@ -134,9 +135,9 @@ def load_tool(binding: str, *, beside: Path | None = None) -> Tool:
     for part in attribute.split("."):
         if not hasattr(value, part):
             names = [n for n in dir(value) if not n.startswith("_")]
-            origin = getattr(value, "__file__", None)
+            origin = f" ({value.__file__})" if getattr(value, "__file__", None) else ""
             raise ConfigError(
-                f"tool binding {binding!r}: {found}{f' ({origin})' if origin else ''} has no {part!r}{_nearest(part, names)}"
+                f"tool binding {binding!r}: {found}{origin} has no {part!r}{_nearest(part, names)}"
             )
         value, found = getattr(value, part), f"{found}.{part}"
     if isinstance(value, Tool):

@@ -94,7 +94,10 @@ class Workspace:
 
 
 def scene_of(task: Task) -> Scene:
-    """The start files and the expected files of a task, made again from its seed. EnvironmentFault if it is not ours."""
+    """The start files and the expected files of a task, made again from its seed.
+
+    Raises EnvironmentFault for a task that is not of this environment, or was made by another version of it.
+    """
     if task.env != _NAME or task.split not in SPLITS or task.family not in BY_NAME:
         raise EnvironmentFault(f"task {task.id} is not a task of the workspace environment")
     scene, prompt = _draw(task.split, task.family, task.seed)

@@ -14,19 +14,26 @@ from collections.abc import Callable, Generator
 
 import msgspec
 
-NAMES = (
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+NAMES = _words(
     "amber delta iris north river stone forest ocean bridge tower castle market station planet orbit signal engine "
     "budget recipe letter notes schedule survey story travel music health energy paper glass metal winter plan list "
     "draft photo score map guide menu order stock trade bank loan tax vote blog chat team class course exam lesson"
-).split()
-FOLDERS = "archive backup docs data logs old private public shared work".split()
-EXTENSIONS = ("txt", "md", "csv", "log")
-FIRST = "red blue green black white yellow brown gold round square small large quick slow warm cold soft hard".split()
-SECOND = (
+)
+FOLDERS = _words("archive backup docs data logs old private public shared work")
+EXTENSIONS = _words("txt md csv log")
+FIRST = _words(
+    "red blue green black white yellow brown gold round square small large quick slow warm cold soft hard"
+)
+SECOND = _words(
     "fox bear wolf horse bird fish tree leaf flower grass rain snow wind storm cloud sun moon star lake hill road door "
-    "window wall chair clock cup plate bread milk sugar salt rice soup shirt coat hat ring key coin box bag nail brush "
-    "wheel boat plane"
-).split()
+    "wall chair clock cup plate bread milk sugar salt rice soup shirt coat hat ring key coin box bag nail brush wheel "
+    "boat plane"
+)
 
 Files = dict[str, str]
 """Path to text, every line ended by a newline."""
