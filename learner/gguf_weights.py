@@ -56,7 +56,9 @@ def load_gguf(path: Path) -> Policy:
 
     def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
         if name not in tensors:
-            raise ConfigError(f"{path}: has no tensor {name!r}; the file is damaged or of another architecture")
+            raise ConfigError(
+                f"{path}: has no tensor {name!r}; the file is damaged or of another architecture"
+            )
         t = tensors[name]
         value = dequantize(t.data, t.tensor_type).astype(np.float32, copy=False)
         if value.shape != shape:

@@ -23,11 +23,11 @@ CORPUS = (
     "The user asks the assistant to create, edit, move, search, count and combine files in the workspace folder.",
     "notes.txt report.md data.csv src/main.py the file was written; the number of lines in the file is 12.",
 )
-VOCAB = 512
+VOCAB = 512  # at most; the corpus gives fewer
 
 
 def tiny_tokenizer() -> PolicyTokenizer:
-    """A byte-level BPE of 512 entries: 3 special tokens, 256 bytes, the rest merges learnt from four sentences."""
+    """A byte-level BPE of some 440 entries: 3 special tokens, 256 bytes, and merges learnt from four sentences."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -38,11 +38,16 @@ def tiny_tokenizer() -> PolicyTokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    settings = {"bos_token": SPECIAL[1], "eos_token": SPECIAL[2], "pad_token": SPECIAL[2], "unk_token": SPECIAL[0]}
+    settings = {
+        "bos_token": SPECIAL[1],
+        "eos_token": SPECIAL[2],
+        "pad_token": SPECIAL[2],
+        "unk_token": SPECIAL[0],
+    }
     return PolicyTokenizer(tokenizer, CHATML, settings)
 
 
-def tiny_config(vocab: int = VOCAB) -> Config:
+def tiny_config(vocab: int) -> Config:
     """Two layers of width 64, four heads over two key-value heads, 2,048 positions."""
     return Config(
         vocab=vocab, width=64, layers=2, heads=4, kv_heads=2, head_dim=16, ff=160, max_positions=2048
@@ -56,6 +61,8 @@ def make_tiny_policy(folder: Path, seed: int = 0) -> Policy:
     """
     tokenizer = tiny_tokenizer()
     config = tiny_config(tokenizer.vocab)
-    policy = Policy(init(config, jax.random.key(seed), scale=0.1), config, tokenizer, f"tiny-{seed}")
+    # One compilation instead of one for every shape.
+    params = jax.jit(init, static_argnums=0, static_argnames="scale")(config, jax.random.key(seed), scale=0.1)
+    policy = Policy(params, config, tokenizer, f"tiny-{seed}")
     save_policy(policy, folder)
     return policy

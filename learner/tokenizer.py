@@ -58,7 +58,9 @@ class PolicyTokenizer:
         """From tokenizer.json and tokenizer_config.json (and chat_template.jinja) of a Hugging Face folder."""
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise ConfigError(f"{folder}: no tokenizer.json; a policy needs the model's fast tokenizer beside it")
+            raise ConfigError(
+                f"{folder}: no tokenizer.json; a policy needs the model's fast tokenizer beside it"
+            )
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust library raises bare Exception
@@ -169,7 +171,7 @@ class PolicyTokenizer:
         full = self.render([*before, *new], tools, generation=True)
         if not full.startswith(prefix):
             raise TemplateError("the policy's chat template rewrites earlier turns when new messages follow")
-        head, end, tail = prefix.rpartition(self.end_of_turn)
+        _, end, tail = prefix.rpartition(self.end_of_turn)
         if not end or not before or before[-1].role != "assistant":
             raise TemplateError("a continuation needs a conversation that ends with the assistant's answer")
         return ("" if ended else end) + tail + full[len(prefix) :]
@@ -177,7 +179,11 @@ class PolicyTokenizer:
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json (with the template), as transformers reads them."""
         (folder / "tokenizer.json").write_text(self._tokenizer.to_str(pretty=False), encoding="utf-8")
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self.settings, "chat_template": self.template}
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **self.settings,
+            "chat_template": self.template,
+        }
         text = json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True)
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 

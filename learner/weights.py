@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import uuid
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,14 @@ def load_policy(path: Path) -> Policy:
     """
     path = Path(path)
     if not path.exists():
-        raise ConfigError(f"{path}: no such file or folder; `nexactor policy get smollm2-135m` fetches a small model")
+        raise ConfigError(
+            f"{path}: no such file or folder; `nexactor policy get smollm2-135m` fetches a small model"
+        )
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ConfigError(f"{path}: a policy is a .gguf file or a folder with config.json and *.safetensors")
+            raise ConfigError(
+                f"{path}: a policy is a .gguf file or a folder with config.json and *.safetensors"
+            )
         from nexactor.learner.gguf_weights import load_gguf
 
         return load_gguf(path)
@@ -55,7 +60,9 @@ def load_policy(path: Path) -> Policy:
     inside = sorted(path.glob("*.gguf"))
     if len(inside) == 1:
         return load_policy(inside[0])
-    found = f"{len(inside)} .gguf files, name one of them" if inside else "neither config.json nor a .gguf file"
+    found = (
+        f"{len(inside)} .gguf files, name one of them" if inside else "neither config.json nor a .gguf file"
+    )
     raise ConfigError(f"{path}: holds {found}")
 
 
@@ -104,7 +111,9 @@ def _weight_files(folder: Path) -> dict[str, Path]:
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ConfigError(f"{folder}: no *.safetensors file (pickled .bin weights are not read); fetch it again")
+        raise ConfigError(
+            f"{folder}: no *.safetensors file (pickled .bin weights are not read); fetch it again"
+        )
     where = {}
     for file in files:
         try:
@@ -117,26 +126,31 @@ def _weight_files(folder: Path) -> dict[str, Path]:
 
 def _read_params(folder: Path, config: Config) -> Params:
     where = _weight_files(folder)
-    opened = {file: safe_open(file, framework="np").__enter__() for file in set(where.values())}
-
-    def tensor(name: str, shape: tuple[int, ...], transpose: bool) -> np.ndarray[Any, Any]:
-        if name not in where:
-            raise ConfigError(f"{folder}: no weight {name!r} in its safetensors files; config.json asks for it")
-        value = opened[where[name]].get_tensor(name)
-        value = value.T if transpose else value
-        if value.shape != shape:
-            raise ConfigError(f"{where[name]}: {name} has shape {value.shape}, config.json asks for {shape}")
-        return np.asarray(value)
-
     flat: dict[str, Any] = {}
-    for w in weight_table(config):
-        if not w.stacked:
-            flat[w.path] = jnp.asarray(tensor(w.hf_name, w.shape, w.transpose), jnp.float32)
-            continue
-        stack = np.empty((config.layers, *w.shape), np.float32)
-        for layer in range(config.layers):
-            stack[layer] = tensor(w.hf_name.format(layer=layer), w.shape, w.transpose)
-        flat[w.path] = jnp.asarray(stack)
+    with ExitStack() as stack:
+        opened = {f: stack.enter_context(safe_open(f, framework="np")) for f in set(where.values())}
+
+        def tensor(name: str, shape: tuple[int, ...], transpose: bool) -> np.ndarray[Any, Any]:
+            if name not in where:
+                raise ConfigError(
+                    f"{folder}: its safetensors files lack {name!r}, which config.json asks for"
+                )
+            value = np.asarray(opened[where[name]].get_tensor(name))
+            value = value.T if transpose else value
+            if value.shape != shape:
+                raise ConfigError(
+                    f"{where[name]}: {name} has shape {value.shape}, config.json asks for {shape}"
+                )
+            return value
+
+        for w in weight_table(config):
+            if not w.stacked:
+                flat[w.path] = jnp.asarray(tensor(w.hf_name, w.shape, w.transpose), jnp.float32)
+                continue
+            layers = np.empty((config.layers, *w.shape), np.float32)
+            for i in range(config.layers):
+                layers[i] = tensor(w.hf_name.format(layer=i), w.shape, w.transpose)
+            flat[w.path] = jnp.asarray(layers)
     return nest(flat)
 
 
@@ -171,13 +185,18 @@ def _write(policy: Policy, folder: Path) -> None:
             one = value[layer].T if w.transpose else value[layer]
             tensors[w.hf_name.format(layer=layer)] = np.ascontiguousarray(one)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    ids = {
-        f"{n}_token_id": tokenizer.token_id(tokenizer.settings_token(n)) for n in ("bos", "eos", "pad")
-    }
+    (folder / "model.safetensors").chmod(0o666 & ~_umask())  # safetensors makes it readable by its owner only
+    ids = {f"{n}_token_id": tokenizer.token_id(tokenizer.settings_token(n)) for n in ("bos", "eos", "pad")}
     eos = sorted(tokenizer.eos_ids)
     write_object(folder / "config.json", {**config_to_hf(config), **ids})
     write_object(folder / "generation_config.json", {**ids, "eos_token_id": eos, "_from_model_config": True})
     tokenizer.save(folder)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_object(path: Path, value: dict[str, Any]) -> None:
