@@ -1,0 +1,1 @@
+"""The main job: agents act, the log remembers, the policy learns, and processes are killed in between."""
