@@ -32,6 +32,8 @@ DEADLINE = 60.0
 """Seconds a request waits through an outage before it raises LogUnavailable."""
 FIRST_CONNECT = 5.0
 """Seconds to try a given URL before it counts as unreachable."""
+JETSTREAM_WAIT = 2.0
+"""Seconds a server may take to offer JetStream before it counts as having none."""
 _ATTEMPT = 5.0
 """Seconds before an unanswered JetStream request is sent again although the connection seems well."""
 
@@ -201,6 +203,10 @@ class Broker:
             await asyncio.sleep(pause)
             pause = min(pause * 2, 0.25)
 
+    async def cast(self, subject: str, payload: bytes = b"") -> None:
+        """A request whose reply nobody awaits (the JetStream API ignores messages that ask for none)."""
+        await self.nc.publish(subject, payload, reply=f"{self._inbox}.0")
+
     async def close(self) -> None:
         """Disconnect; end the embedded server if this process started it. Files stay."""
         if self._keeper is not None:
@@ -209,9 +215,10 @@ class Broker:
                 await self._keeper
             self._keeper = None
         if not self.nc.is_closed:
-            with contextlib.suppress(Exception):  # what is unsent to a dead server is lost either way
-                if self.nc.is_connected:
-                    await self.nc.flush(timeout=2)
+            if self._up.is_set():
+                # What was published must leave before the socket closes: have a message to ourselves come back.
+                with contextlib.suppress(_Lost, TimeoutError, nats.errors.Error):
+                    await self._ask("", b"", None, 2.0)
             await self.nc.close()
         self._fail_waiting()
         if self._embedded is not None:
@@ -230,6 +237,7 @@ class Broker:
         return token
 
     async def _ask(self, subject: str, payload: bytes, headers: dict[str, str] | None, timeout: float) -> Msg:
+        """One attempt of a request; to ourselves if `subject` is empty. Raises _Lost or TimeoutError."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Msg] = loop.create_future()
 
@@ -242,9 +250,10 @@ class Broker:
                 answer.set_result(reply)
 
         token = self._expect(take)
+        inbox = f"{self._inbox}.{token}"
         timer = loop.call_later(timeout, _expire, answer)
         try:
-            await self.nc.publish(subject, payload, reply=f"{self._inbox}.{token}", headers=headers)
+            await self.nc.publish(subject or inbox, payload, reply=inbox, headers=headers)
             return await answer
         finally:
             timer.cancel()
@@ -340,8 +349,9 @@ class _Dial:
         self.servers = [part.strip() for part in url.split(",") if part.strip()]
         for server in self.servers:
             try:
-                if urlsplit(server if "://" in server else f"nats://{server}").hostname is None:
-                    raise ValueError("it names no host")
+                parts = urlsplit(server if "://" in server else f"nats://{server}")
+                if parts.hostname is None or parts.port == 0:
+                    raise ValueError("it names no host or port 0")
             except ValueError as error:
                 raise BrokerError(
                     f"{without_secrets(server)!r} is not a NATS URL ({error}): write nats://[token@]host:4222"
@@ -355,10 +365,13 @@ class _Dial:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + (FIRST_CONNECT if self.address is None else 1.0)
         while True:
+            self.nc = Client()
             try:
                 await self._once()
                 return self
             except (OSError, nats.errors.Error, TimeoutError, ValueError) as error:
+                with contextlib.suppress(Exception):  # it failed, but may have left a socket open
+                    await self.nc.close()
                 text = str(error)
                 if "authorization" in text.lower() or isinstance(error, nats.errors.AuthorizationError):
                     raise BrokerError(
@@ -384,7 +397,6 @@ class _Dial:
             if self.broker is not None:
                 await self.broker._on_reconnected()
 
-        self.nc = Client()
         await self.nc.connect(
             servers=self.servers,
             token=self.address.token if self.address else None,
@@ -415,7 +427,7 @@ async def _finish(dial: _Dial, namespace: str, url: str, embedded: Embedded | No
         check_version(f"{version.major}.{version.minor}.{version.patch}", f"the NATS server at {url}")
         await broker._listen()
         try:
-            await broker.api("INFO", timeout=FIRST_CONNECT)
+            await broker.api("INFO", timeout=JETSTREAM_WAIT)
         except (ApiError, LogUnavailable) as error:
             raise BrokerError(
                 f"the NATS server at {url} has no JetStream for this account ({error}): "

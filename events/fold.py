@@ -15,9 +15,7 @@ Evolve = Callable[[S, Recorded], S]
 """The next state, from a state and an event. Pure: time and ids are the event's (`recorded.envelope`)."""
 
 
-async def fold(
-    log: EventLog, stream: str, state: S, evolve: Evolve[S], after: int = 0
-) -> tuple[S, int]:
+async def fold(log: EventLog, stream: str, state: S, evolve: Evolve[S], after: int = 0) -> tuple[S, int]:
     """`state` after the events of `stream` with version > `after`, and the version it is at now.
 
     Raises IntegrityError if the stream is damaged.

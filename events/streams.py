@@ -30,6 +30,7 @@ _MAX_BYTES = 16 << 20
 _HEARTBEAT = 5.0
 _EXPIRES = 30.0
 _ATTEMPT = 5.0
+_PULL_ENDED = ("Batch Completed", "Message Size Exceeds MaxBytes")
 
 
 class Ack:
@@ -146,20 +147,24 @@ class Puller:
                     self._stale = True
         finally:
             self._broker.on_lost.discard(self._lose)
-            # The server forgets an idle consumer anyway.
+            await self._delete()
             with contextlib.suppress(nats.errors.Error, OSError):
-                if self._consumer and self._broker.nc.is_connected:
-                    await self._broker.nc.publish(
-                        f"$JS.API.CONSUMER.DELETE.{self._stream}.{self._consumer}", b"{}"
-                    )
                 await subscription.unsubscribe()
 
     def _lose(self) -> None:
         self._stale = True
         self._wake.set()
 
+    async def _delete(self) -> None:
+        """Let the server forget the consumer; it would by itself, a minute later."""
+        consumer, self._consumer = self._consumer, ""
+        if consumer and self._broker.nc.is_connected:
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await self._broker.cast(f"$JS.API.CONSUMER.DELETE.{self._stream}.{consumer}")
+
     async def _create(self) -> int:
         """A new consumer from the next wanted sequence; returns how many messages it has for us."""
+        await self._delete()
         self._generation += 1
         self._delivered = self._asked = 0
         self._stale = False
@@ -237,8 +242,8 @@ class Puller:
         assert message.headers is not None
         if status == "100":  # idle heartbeat
             return
-        description = message.headers.get("Description", message.headers.get("Nats-Description", ""))
-        if status == "408" or (status == "409" and "maxbytes" in description.lower().replace(" ", "")):
+        description = message.headers.get("Description", "")
+        if status == "408" or (status == "409" and description in _PULL_ENDED):
             self._asked = max(self._asked - int(message.headers.get("Nats-Pending-Messages", _BATCH)), 0)
             self._wake.set()
         else:  # 409 consumer deleted or leadership changed, 503 nobody there

@@ -137,9 +137,17 @@ class _Walk:
         if version <= chain.version:
             if version in chain.gaps:
                 chain.gaps.discard(version)
-                self._add("reordered", stream, version, envelope.id, f"it comes after event {chain.version} ({where})")
+                self._add(
+                    "reordered",
+                    stream,
+                    version,
+                    envelope.id,
+                    f"it comes after event {chain.version} ({where})",
+                )
             else:
-                self._add("repeated", stream, version, envelope.id, f"the stream had that version already ({where})")
+                self._add(
+                    "repeated", stream, version, envelope.id, f"the stream had that version already ({where})"
+                )
             return
         if version > chain.version + 1:
             chain.gaps.update(range(chain.version + 1, version))
@@ -175,7 +183,9 @@ class _Walk:
     def end(self, expected: dict[tuple[str, int], set[str]]) -> None:
         for stream, chain in self.chains.items():
             for version in sorted(chain.gaps):
-                self._add("missing", stream, version, "", f"the stream goes on to event {chain.version} without it")
+                self._add(
+                    "missing", stream, version, "", f"the stream goes on to event {chain.version} without it"
+                )
         for (stream, version), hashes in expected.items():
             chain_or_none = self.chains.get(stream)
             if not hashes or (chain_or_none is not None and version in chain_or_none.gaps):

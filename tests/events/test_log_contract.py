@@ -72,7 +72,9 @@ async def test_each_event_names_the_hash_of_the_one_before_it_in_its_stream(log:
 
 
 @pytest.mark.parametrize("expected", [0, 1, 3])
-async def test_a_wrong_expected_version_is_a_conflict_and_stores_nothing(log: EventLog, expected: int) -> None:
+async def test_a_wrong_expected_version_is_a_conflict_and_stores_nothing(
+    log: EventLog, expected: int
+) -> None:
     await log.append(A, fired("a", "b"), expected_version=0)
     with pytest.raises(VersionConflict) as caught:
         await log.append(A, fired("c"), expected_version=expected)
@@ -180,7 +182,9 @@ async def test_followers_read_at_their_own_pace(log: EventLog) -> None:
 
 async def test_unknown_event_types_pass_through_untouched(log: EventLog) -> None:
     body = msgspec.msgpack.encode({"field": [1, 2, {"x": None}]})
-    written = await log.append(A, [UnknownEvent(type="FromTheFuture", body=body), *fired("a")], expected_version=0)
+    written = await log.append(
+        A, [UnknownEvent(type="FromTheFuture", body=body), *fired("a")], expected_version=0
+    )
     assert written[0].envelope.type == "FromTheFuture"
     assert await everything(log.read(A)) == list(written)
     assert await everything(log.subscribe(START, follow=False)) == list(written)
@@ -201,7 +205,9 @@ async def test_something_that_is_no_address_is_refused(log: EventLog) -> None:
 
 
 @pytest.mark.parametrize(("count", "message"), [(0, "holds no events"), (1025, "at most 1024")])
-async def test_an_append_of_none_or_too_many_events_is_refused(log: EventLog, count: int, message: str) -> None:
+async def test_an_append_of_none_or_too_many_events_is_refused(
+    log: EventLog, count: int, message: str
+) -> None:
     with pytest.raises(LogError, match=message):
         await log.append(A, fired(*map(str, range(count))), expected_version=0)
     assert await log.version(A) == 0
