@@ -1,1 +1,32 @@
-def main(): ...
+"""The `nexactor` command: its commands, one module each."""
+
+from __future__ import annotations
+
+import typer
+
+from nexactor.cli import runs, stream, tail, verify
+from nexactor.cli.app import Commands, global_options
+
+app = typer.Typer(
+    name="nexactor",
+    cls=Commands,
+    callback=global_options,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+)
+app.command("runs", rich_help_panel="Look", epilog="Example: nexactor runs --status running")(runs.runs)
+app.command("show", rich_help_panel="Look", epilog="Example: nexactor show last")(runs.show)
+app.command("tail", rich_help_panel="Look", epilog="Example: nexactor tail --run last --from start")(
+    tail.tail
+)
+app.command("verify", rich_help_panel="Look", epilog="Example: nexactor verify")(verify.verify)
+app.command(
+    "stream", rich_help_panel="Learn", epilog="Example: nexactor stream --from start > trajectories.jsonl"
+)(stream.stream)
+
+
+def main() -> None:
+    """Entry point of the `nexactor` script and of `python -m nexactor`."""
+    app()

@@ -1,0 +1,63 @@
+"""What every command gets from the global options, and how it reaches the log."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+import typer
+
+from nexactor.events.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nexactor.events.jetstream import JetStreamLog
+
+T = TypeVar("T")
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """The global options. `url` is None for the embedded broker of the folder `data`."""
+
+    data: Path = Path(".nexactor")
+    url: str | None = None
+    namespace: str = "default"
+    debug: bool = False
+
+
+def settings_of(context: typer.Context) -> Settings:
+    """The global options that stand before (or after) the command."""
+    settings = context.find_object(Settings)
+    return settings if settings is not None else Settings()
+
+
+def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a command's coroutine; Ctrl-C cancels it and is raised once its task groups have ended."""
+    return asyncio.run(coroutine)
+
+
+@asynccontextmanager
+async def open_log(settings: Settings, *, must_exist: bool = True) -> AsyncIterator[JetStreamLog]:
+    """The event log that the global options point at.
+
+    With `must_exist`, a data folder without a log is a ConfigError: a command that only reads should not start an
+    empty broker in a folder that somebody mistyped.
+    """
+    from nexactor.events.broker import connect
+    from nexactor.events.jetstream import JetStreamLog
+
+    if must_exist and settings.url is None and not (settings.data / "broker").is_dir():
+        raise ConfigError(
+            f"there is no event log in {settings.data}: run something there first (`nexactor run`, `nexactor demo`), "
+            "or point at one with --data DIR or --nats-url URL"
+        )
+    broker = await connect(data=settings.data, url=settings.url, namespace=settings.namespace)
+    async with broker:
+        log = await JetStreamLog.open(broker)
+        try:
+            yield log
+        finally:
+            await log.close()
