@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -183,14 +184,23 @@ async def _serve(host: str, port: int) -> None:
         await asyncio.Event().wait()
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Serve until interrupted; the first line printed is JSON with the URL. Exit code 2 if the port is taken."""
     parser = argparse.ArgumentParser(
         description="Serve the scripted expert as an OpenAI-compatible endpoint."
     )
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--port", type=int, default=0, help="0: any free port")
     options = parser.parse_args()
     try:
         asyncio.run(_serve(options.host, options.port))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         pass
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

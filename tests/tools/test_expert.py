@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from nexactor.tools.expert import ExpertError, expert_answer
 from nexactor.tools.expert_server import serve_expert
 from nexactor.tools.journal import count_applied, journal_path
 from nexactor.tools.workspace import Workspace
-from nexactor.tools.workspace_families import FAMILIES
+from nexactor.tools.workspace_families import FAMILIES, Family
 
 WORKER = ToolSpec("worker", "Moves or deletes a file.", {"properties": {"message": {"type": "string"}}})
 LEAD_TOOLS = (files.read_file, files.search, files.count_lines, files.write_file, files.append_file)
@@ -52,14 +54,13 @@ async def play(
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
-async def test_the_expert_solves_every_task_of_a_family(family: object, tmp_path: Path) -> None:
-    name, novel = family.name, family.novel  # type: ignore[attr-defined]
+async def test_the_expert_solves_every_task_of_a_family(family: Family, tmp_path: Path) -> None:
     environment = Workspace()
     lengths = set()
-    cases = [("novel", 20_000_000)] if novel else [("train", 0), ("heldout", 10_000_000)]
+    cases = [("novel", 20_000_000)] if family.novel else [("train", 0), ("heldout", 10_000_000)]
     for split, first in cases:
         for seed in range(first, first + 300 // len(cases)):
-            task = environment.task(split, name, seed)
+            task = environment.task(split, family.name, seed)
             workspace = environment.reset(task, tmp_path)
             calls: list[ToolCall] = []
             assert await play(task.prompt, LEAD_SPECS, workspace, task.id, calls) == "done"
@@ -247,3 +248,24 @@ async def test_a_taken_port_is_a_clear_error(url: str) -> None:
     with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"):
         async with serve_expert(port):
             pass
+
+
+async def test_it_serves_as_a_process_of_its_own_and_refuses_a_taken_port(
+    http: aiohttp.ClientSession,
+) -> None:
+    command = (sys.executable, "-m", "nexactor.tools.expert_server", "--port")
+    process = await asyncio.create_subprocess_exec(*command, "0", stdout=asyncio.subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        started = json.loads(await process.stdout.readline())
+        async with http.get(f"{started['url']}/models") as response:
+            assert response.status == 200
+        port = started["url"].rpartition(":")[2].partition("/")[0]
+        second = await asyncio.create_subprocess_exec(*command, port, stderr=asyncio.subprocess.PIPE)
+        _, errors = await second.communicate()
+        assert second.returncode == 2
+        assert f"cannot listen on 127.0.0.1:{port}" in errors.decode()
+        assert "Traceback" not in errors.decode()
+    finally:
+        process.terminate()
+        await process.communicate()
