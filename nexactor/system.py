@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os.path
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -50,7 +49,7 @@ class Agent:
     ) -> None:
         self.tools = tuple(tools)
         self.sub_agents = tuple(sub_agents)
-        self.spec = AgentSpec(
+        self.spec: AgentSpec = AgentSpec(
             name=name,
             llm=llm,
             system_prompt=system_prompt,
@@ -197,7 +196,7 @@ class System:
             if not self._host:
                 raise ConfigError("tools defined in this process need a node in it: use System(host=True)")
             await self.node.transport.place(address, self.node.id, instead_of=None)
-        context = {"workspace": os.path.abspath(workspace)} if workspace is not None else {}
+        context = {"workspace": str(Path.cwd() / workspace)} if workspace is not None else {}
         await self._watch(run)
         await self.node.command(
             address,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from nexactor.cli import runs, stream, tail, verify
+from nexactor.cli import node, replay, run, runs, stream, tail, verify
 from nexactor.cli.app import Commands, global_options
+from nexactor.cli.demo import command as demo
 
 app = typer.Typer(
     name="nexactor",
@@ -16,6 +17,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
+app.command("demo", rich_help_panel="Act", epilog="Example: nexactor demo --minutes 25 --out results")(
+    demo.demo
+)
+app.command(
+    "run",
+    rich_help_panel="Act",
+    epilog='Example: nexactor run examples/coder/agent.yaml "write a haiku to a.txt"',
+)(run.run)
+app.command("node", rich_help_panel="Act", epilog="Example: nexactor node --name worker-1")(node.node)
+app.command("replay", rich_help_panel="Look", epilog="Example: nexactor replay last --verify")(replay.replay)
 app.command("runs", rich_help_panel="Look", epilog="Example: nexactor runs --status running")(runs.runs)
 app.command("show", rich_help_panel="Look", epilog="Example: nexactor show last")(runs.show)
 app.command("tail", rich_help_panel="Look", epilog="Example: nexactor tail --run last --from start")(

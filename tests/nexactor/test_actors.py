@@ -97,7 +97,9 @@ async def test_ask_from_another_node_gets_the_reply(pair: tuple[Node, Node]) -> 
     assert await counter.ask(Total(), reply=int) == 5
 
 
-async def test_tells_of_one_sender_are_handled_in_order_and_before_its_next_ask(pair: tuple[Node, Node]) -> None:
+async def test_tells_of_one_sender_are_handled_in_order_and_before_its_next_ask(
+    pair: tuple[Node, Node],
+) -> None:
     for node in pair:
         ref = node.ref(f"counter/{node.id}")
         for n in range(20):
@@ -154,7 +156,9 @@ async def test_a_command_is_durable_and_taken_once(pair: tuple[Node, Node]) -> N
     assert await counter.ask(Total()) == 5
 
 
-@pytest.mark.parametrize("data", [b"", b"\xc1", b"\x93\x01\x02\x03", encode(Letter("x", "y", b""))[:-2], b"\x00" * 99])
+@pytest.mark.parametrize(
+    "data", [b"", b"\xc1", b"\x93\x01\x02\x03", encode(Letter("x", "y", b""))[:-2], b"\x00" * 99]
+)
 def test_bytes_that_are_no_letter_are_refused(data: bytes) -> None:
     with pytest.raises(BadMessage):
         decode_letter(data)

@@ -82,7 +82,9 @@ async def test_other_agent_code_diverges_and_both_sides_are_shown(
     monkeypatch.setattr(core, "render", lambda state: real(state)[1:])
     report = await replay_run(system.log, run)
     assert report.divergence is not None
-    assert "ModelCallStarted" in report.divergence.recorded and "ModelCallStarted" in report.divergence.replayed
+    assert (
+        "ModelCallStarted" in report.divergence.recorded and "ModelCallStarted" in report.divergence.replayed
+    )
 
 
 async def test_an_unknown_run_is_an_error(system: System) -> None:

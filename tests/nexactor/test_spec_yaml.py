@@ -63,20 +63,34 @@ def test_a_jinja_prompt_file_is_rendered_with_the_context(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (("max_iterations", "max_iteration"), ["agent.yaml:16", "max_iteration", "did you mean 'max_iterations'"]),
-        (("temperature", "temprature"), ["agent.yaml:8", "llm_config.temprature", "did you mean 'temperature'"]),
+        (
+            ("max_iterations", "max_iteration"),
+            ["agent.yaml:16", "max_iteration", "did you mean 'max_iterations'"],
+        ),
+        (
+            ("temperature", "temprature"),
+            ["agent.yaml:8", "llm_config.temprature", "did you mean 'temperature'"],
+        ),
         (("temperature: 0.5", "temperature: warm"), ["agent.yaml:8", "llm_config.temperature", "float"]),
         (("worker.yaml", "wroker.yaml"), ["agent.yaml:14", "sub_agents[0].config_path", "no file"]),
-        (("${env.URL}", "${env.NOT_SET}"), ["agent.yaml:6", "llm_config.base_url", "NOT_SET is not set", "export"]),
+        (
+            ("${env.URL}", "${env.NOT_SET}"),
+            ["agent.yaml:6", "llm_config.base_url", "NOT_SET is not set", "export"],
+        ),
         (("files:read_file", "files:reed_file"), ["agent.yaml:10", "tools[0].binding", "read_file"]),
         (("nexactor.tools.files", "nowhere.tools"), ["agent.yaml:10", "tools[0].binding", "nowhere"]),
-        (("stop_tools: [read]", "stop_tools: [raed]"), ["agent.yaml:15", "no tool 'raed'", "did you mean 'read'"]),
+        (
+            ("stop_tools: [read]", "stop_tools: [raed]"),
+            ["agent.yaml:15", "no tool 'raed'", "did you mean 'read'"],
+        ),
         (("name: lead", "name: [lead"), ["agent.yaml", "not YAML"]),
         (("name: lead\n", ""), ["agent.yaml:1", "name"]),
         (("max_iterations: 7", "max_iterations: 0"), ["agent.yaml:16", "at least 1"]),
     ],
 )
-def test_a_mistake_points_at_file_line_and_key(tmp_path: Path, change: tuple[str, str], said: list[str]) -> None:
+def test_a_mistake_points_at_file_line_and_key(
+    tmp_path: Path, change: tuple[str, str], said: list[str]
+) -> None:
     with pytest.raises(ConfigError) as error:
         load_spec(_write(tmp_path, GOOD.replace(*change)), env=ENV)
     for part in said:

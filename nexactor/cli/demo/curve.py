@@ -32,12 +32,29 @@ def draw_curve(
     if validation:
         xs = [step for step, _ in validation]
         ys = [100 * r.rate for _, r in validation]
-        bottom.errorbar(xs, ys, yerr=_errors([r for _, r in validation]), fmt="o-", ms=4, color="#6b7280",
-                        capsize=2, linewidth=1, label="validation tasks, while training")
+        bottom.errorbar(
+            xs,
+            ys,
+            yerr=_errors([r for _, r in validation]),
+            fmt="o-",
+            ms=4,
+            color="#6b7280",
+            capsize=2,
+            linewidth=1,
+            label="validation tasks, while training",
+        )
     ends: Any = [(0, before, "#dc2626", "before"), (last, after, "#16a34a", "after")]
     for x, r, colour, name in ends:
-        bottom.errorbar([x], [100 * r.rate], yerr=_errors([r]), fmt="D", ms=7, color=colour, capsize=4,
-                        label=f"held-out {name}: {100 * r.rate:.0f} % of {r.n}")
+        bottom.errorbar(
+            [x],
+            [100 * r.rate],
+            yerr=_errors([r]),
+            fmt="D",
+            ms=7,
+            color=colour,
+            capsize=4,
+            label=f"held-out {name}: {100 * r.rate:.0f} % of {r.n}",
+        )
     bottom.set_xlabel("gradient step of the weights that played")
     bottom.set_ylabel("tasks solved (%)")
     bottom.set_ylim(-3, 103)

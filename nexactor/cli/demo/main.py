@@ -1,0 +1,486 @@
+"""`nexactor demo`: before, demonstrations and training with kills in between, after, and the accounts.
+
+Everything happens in the processes and the log that users have: the demo only starts, kills, counts and reports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from nexactor.cli.demo.curve import draw_curve
+from nexactor.cli.demo.ledger import Accounts, audit
+from nexactor.cli.demo.plan import DemoPlan
+from nexactor.cli.demo.processes import Child
+from nexactor.events.cursor import START
+from nexactor.events.errors import ConfigError, NexactorError
+from nexactor.events.log import Filter
+from nexactor.events.types import LearnerStep, ModelCallFinished, PolicyPublished, RunStarted
+from nexactor.rollouts import Outcome, roll_out
+from nexactor.spec import SpecTree
+from nexactor.spec_yaml import load_spec
+from nexactor.statistics import Rate, rate
+from nexactor.system import System
+from nexactor.tools.environment import Task
+
+Say = Callable[[str], None]
+Tick = Callable[[str, int, int], None]
+LEARNER = "demo"
+MARKER = ".nexactor-demo"
+
+
+class Demo:
+    """One demo in one folder. `say` prints a line; `tick(phase, done, total)` moves a progress bar."""
+
+    def __init__(self, *, out: Path, policy: str, agent: Path, plan: DemoPlan, say: Say, tick: Tick) -> None:
+        self.out, self.policy, self.agent, self.plan = out, policy, agent, plan
+        self.say, self.tick = say, tick
+        self.kills: Counter[str] = Counter()
+        self.runs: list[str] = []
+        self.model_port = 0
+        self._stack = AsyncExitStack()
+        self._began = time.monotonic()
+
+    async def run(self) -> dict[str, Any]:
+        """The whole demo; returns what it wrote to summary.json."""
+        self._prepare()
+        async with AsyncExitStack() as self._stack:
+            await self._start()
+            before = await self._evaluate(
+                "before",
+                kills=[
+                    (0.2, "node", self._kill_node),
+                    (0.55, "policy server", self._kill_policy),
+                ],
+            )
+            validation = await self._learn()
+            after = await self._evaluate("after", kills=[])
+            accounts = await self._account()
+            curve = await self._steps()
+        replays = await self._replay()
+        return self._report(before, after, validation, accounts, curve, replays)
+
+    # ---- setting up -----------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        if self.out.exists() and any(self.out.iterdir()) and not (self.out / MARKER).exists():
+            raise ConfigError(f"{self.out} holds something else than a demo: choose another --out")
+        shutil.rmtree(self.out, ignore_errors=True)
+        for folder in ("data", "logs", "journals", "work"):
+            (self.out / folder).mkdir(parents=True)
+        (self.out / MARKER).touch()
+
+    async def _start(self) -> None:
+        from nexactor.learner.fetch import resolve_policy
+        from nexactor.tools.expert_server import serve_expert
+        from nexactor.tools.workspace import Workspace
+
+        self.environment = Workspace()
+        self.policy_path = resolve_policy(self.policy)
+        self.system = await self._stack.enter_async_context(
+            System(
+                data=self.out / "data", name="demo", host=False, journal=self.out / "journals" / "demo.jsonl"
+            )
+        )
+        self.say(
+            f"broker at {self.system.broker.url if self.system.broker else ''}, log in {self.out / 'data'}"
+        )
+        self.expert_url = await self._stack.enter_async_context(serve_expert())
+        self.model_port = _free_port()
+        self.model_url = f"http://127.0.0.1:{self.model_port}/v1"
+        self.server = self._child(
+            "policy", ["policy", "serve", str(self.policy_path), "--port", str(self.model_port)]
+        )
+        self.nodes = [self._node("node-a"), self._node("node-b")]
+        for child in (self.server, *self.nodes):
+            await child.start()
+            self._stack.push_async_callback(child.stop)
+        self._stack.push_async_callback(self._stop_nodes_first)
+        await self._served("")
+        self.say(
+            f"policy server with {self.policy} at {self.model_url}, expert at {self.expert_url}, two nodes"
+        )
+        while len([n for n in self.system.node.transport.live().values() if n.kinds]) < 2:
+            self._check()
+            await asyncio.sleep(0.1)
+
+    def _node(self, name: str) -> Child:
+        # Every start is a new node with a journal of its own: an acknowledged append is never overwritten.
+        return self._child(name, ["node", "--name", name, "--journal", str(self.out / "journals")])
+
+    def _child(self, name: str, arguments: list[str]) -> Child:
+        return Child(
+            name,
+            ["--data", str(self.out / "data"), *arguments],
+            log=self.out / "logs" / f"{name}.log",
+            env={"OPENAI_API_KEY": "none", "PYTHONUNBUFFERED": "1"},
+        )
+
+    async def _stop_nodes_first(self) -> None:
+        for child in self.nodes:
+            await child.stop()
+
+    def _check(self) -> None:
+        for child in (self.server, *self.nodes):
+            child.check()
+
+    def _spec(self, url: str, **llm: Any) -> SpecTree:
+        """The team, talking to the policy or to the expert: the same files, another endpoint."""
+        return load_spec(self.agent, env={"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "none"})
+
+    async def _served(self, version: str) -> str:
+        """Wait until the policy server answers (with this version, if one is named)."""
+        import aiohttp
+
+        async with aiohttp.ClientSession() as session:
+            while True:
+                self._check()
+                try:
+                    async with session.get(f"http://127.0.0.1:{self.model_port}/readyz") as response:
+                        if response.status == 200 and not version:
+                            return ""
+                    async with session.get(f"{self.model_url}/models") as response:
+                        serving = str((await response.json())["data"][0].get("policy_version", ""))
+                        if serving == version:
+                            return serving
+                except (aiohttp.ClientError, OSError):
+                    pass  # Not up yet, or killed a moment ago.
+                await asyncio.sleep(0.2)
+
+    # ---- kills ----------------------------------------------------------------------------------------------
+
+    async def _kill_node(self) -> None:
+        node = self.nodes[0]
+        await node.kill()
+        await node.start()
+
+    async def _kill_policy(self) -> None:
+        await self.server.kill()
+        await self.server.start()
+
+    async def _kill_broker(self) -> None:
+        import os
+        import signal
+
+        from nexactor.events.broker import broker_pid
+
+        pid = broker_pid(self.out / "data")
+        if pid is None:
+            raise NexactorError("the demo's broker has no process to kill")
+        os.kill(pid, signal.SIGKILL)  # The keepers in all processes see it gone; one starts it again.
+
+    async def _kill_learner(self) -> None:
+        await self.learner.kill()
+        await self.learner.start()
+
+    async def _kill(self, kind: str, how: Callable[[], Any]) -> None:
+        self.kills[kind] += 1
+        self.say(f"SIGKILL to the {kind} in the middle of its work; started again")
+        await how()
+
+    # ---- evaluation -----------------------------------------------------------------------------------------
+
+    async def _evaluate(self, phase: str, kills: list[tuple[float, str, Callable[[], Any]]]) -> list[Outcome]:
+        """The held-out tasks, and those of a family that is never trained on, by the policy as it is served now."""
+        tasks = [
+            *self.environment.tasks("heldout", self.plan.held_out),
+            *self.environment.tasks("novel", self.plan.novel),
+        ]
+        done = solved = 0
+        waiting = list(kills)
+        began = time.monotonic()
+
+        async with asyncio.TaskGroup() as group:
+
+            def on_outcome(outcome: Outcome) -> None:
+                nonlocal done, solved
+                done += 1
+                solved += outcome.success
+                self._check()
+                self.tick(f"held-out tasks {phase} training ({solved} solved)", done, len(tasks))
+                while waiting and done >= waiting[0][0] * len(tasks):
+                    _, kind, how = waiting.pop(0)
+                    group.create_task(self._kill(kind, how))
+
+            self.tick(f"held-out tasks {phase} training", 0, len(tasks))
+            outcomes = await self._roll(tasks, self._spec(self.model_url), f"heldout-{phase}", on_outcome)
+        r = _success(outcomes, "heldout")
+        self.say(
+            f"success {phase}: {r}; never trained family: {_success(outcomes, 'novel')}"
+            f" [{time.monotonic() - began:.0f} s]"
+        )
+        return outcomes
+
+    async def _roll(
+        self,
+        tasks: list[Task] | Any,
+        spec: SpecTree,
+        role: str,
+        on_outcome: Callable[[Outcome], None] | None = None,
+        parallel: int = 0,
+    ) -> list[Outcome]:
+        return await roll_out(
+            self.system,
+            self.environment,
+            tasks,
+            spec,
+            root=self.out / "work",
+            labels={"role": role},
+            parallel=parallel or self.plan.parallel,
+            on_start=lambda _, run: self.runs.append(run),
+            on_outcome=on_outcome,
+        )
+
+    # ---- learning -------------------------------------------------------------------------------------------
+
+    async def _learn(self) -> list[Outcome]:
+        """Demonstrations stream into the log, the learner follows, validation tasks are played as it goes."""
+        config = self.out / "learner.yaml"
+        config.write_text(self._learner_config())
+        self.learner = self._child("learner", ["learn", "run", str(config)])
+        await self.learner.start()
+        self._stack.push_async_callback(self.learner.stop)
+        validation: list[Outcome] = []
+        began = time.monotonic()
+        async with asyncio.TaskGroup() as group:
+            demonstrations = group.create_task(self._demonstrate())
+            watching = group.create_task(self._watch_steps(began))
+            playing = group.create_task(self._validate(validation))
+            await demonstrations
+            await watching
+            playing.cancel()
+        code = await self.learner.wait()
+        if code != 0:
+            self.learner.check()
+        version = await self._newest_version()
+        await self._served(version)
+        self.say(f"trained; the policy server answers with {version} [{time.monotonic() - began:.0f} s]")
+        return validation
+
+    def _learner_config(self) -> str:
+        import yaml
+
+        p = self.plan
+        return yaml.safe_dump(
+            {
+                "name": LEARNER,
+                "policy": str(self.policy_path),
+                "out": str(self.out / "learner"),
+                "filters": {"labels": {"role": "expert"}, "min_reward": 1.0},
+                "runs_per_step": p.runs_per_step,
+                "passes": p.passes,
+                "max_steps": p.max_steps,
+                "learning_rate": p.learning_rate,
+                "warmup_steps": max(1, p.max_steps // 10),
+                "publish_every": p.publish_every,
+                "checkpoint_every": max(1, p.publish_every // 2),
+            },
+            sort_keys=False,
+        )
+
+    async def _demonstrate(self) -> None:
+        tasks = self.environment.tasks("train", self.plan.demonstrations)
+        done = solved = 0
+        killed = False
+
+        async with asyncio.TaskGroup() as group:
+
+            def on_outcome(outcome: Outcome) -> None:
+                nonlocal done, solved, killed
+                done += 1
+                solved += outcome.success
+                self._check()
+                self.tick(f"expert's demonstrations ({solved} solved)", done, len(tasks))
+                if not killed and done >= 0.4 * len(tasks):
+                    killed = True
+                    group.create_task(self._kill("broker", self._kill_broker))
+
+            await self._roll(tasks, self._spec(self.expert_url), "expert", on_outcome, parallel=8)
+        self.say(f"{solved} of {len(tasks)} demonstrations recorded by the same agents in the same log")
+        if solved < len(tasks):
+            raise NexactorError(f"the expert failed {len(tasks) - solved} of its own tasks: see {self.out}")
+
+    async def _watch_steps(self, began: float) -> None:
+        """Follow the learner's own events until its last step; kill it once on the way."""
+        total = self.plan.max_steps
+        stopped = False
+        async for recorded in self.system.log.subscribe(START, filter=Filter(run=LEARNER)):
+            event = recorded.event
+            if isinstance(event, PolicyPublished):
+                self.say(f"policy {event.version} published at step {event.step}")
+                if event.step >= total or stopped:
+                    return
+            if isinstance(event, LearnerStep):
+                loss = event.metrics.get("loss", 0.0)
+                self.tick(f"gradient steps (loss {loss:.3f})", event.step, total)
+                if event.step >= total * 0.35 and not self.kills["learner"]:
+                    await self._kill("learner", self._kill_learner)
+                elif time.monotonic() - began > self.plan.train_seconds and not stopped:
+                    stopped = True
+                    self.say("the time for training is up: the learner finishes its step")
+                    await self.learner.stop(grace=120)
+                    return
+            self.learner.check()
+
+    async def _validate(self, outcomes: list[Outcome]) -> None:
+        """Play training-split tasks nobody trains on whenever new weights are published: the curve's points.
+
+        They start at the moment of publishing, so the weights are swapped under running agents.
+        """
+        spec = self._spec(self.model_url)
+        offset = 100_000
+        async for recorded in self.system.log.subscribe(
+            START, filter=Filter(run=LEARNER, types=("PolicyPublished",))
+        ):
+            assert isinstance(recorded.event, PolicyPublished)
+            tasks = self.environment.tasks("train", self.plan.validation, offset)
+            offset += len(tasks)
+            outcomes += await self._roll(tasks, spec, "validation", parallel=4)
+
+    async def _newest_version(self) -> str:
+        version = ""
+        async for recorded in self.system.log.subscribe(
+            START, filter=Filter(run=LEARNER, types=("PolicyPublished",)), follow=False
+        ):
+            if isinstance(recorded.event, PolicyPublished):
+                version = recorded.event.version
+        return version
+
+    # ---- accounts -------------------------------------------------------------------------------------------
+
+    async def _account(self) -> Accounts:
+        from nexactor.learner.answers import count_generations
+        from nexactor.tools.journal import count_applied
+
+        self.say("comparing the log with the ledgers")
+        await self._stop_nodes_first()
+        return await audit(
+            self.system.log,
+            runs=self.runs,
+            append_journals=sorted((self.out / "journals").glob("*.jsonl")),
+            generation_counts=count_generations(self.out / "data" / "policy"),
+            effect_counts=[count_applied(p) for p in sorted((self.out / "work").rglob("*.journal.jsonl"))],
+        )
+
+    async def _steps(self) -> tuple[list[dict[str, float]], dict[str, int], dict[str, str]]:
+        """(steps with their metrics, step of each policy version, version that answered each validation run)."""
+        steps: dict[int, dict[str, float]] = {}
+        versions: dict[str, int] = {}
+        played: dict[str, str] = {}
+        roles: dict[str, str] = {}
+        async for recorded in self.system.log.subscribe(START, follow=False):
+            match recorded.event:
+                case LearnerStep() as step:
+                    steps[step.step] = {"step": step.step, **step.metrics}
+                case PolicyPublished() as published:
+                    versions[published.version] = published.step
+                case RunStarted() as run:
+                    roles[recorded.envelope.run] = run.labels.get("role", "")
+                case ModelCallFinished() as call if roles.get(recorded.envelope.run) == "validation":
+                    played[recorded.envelope.run] = call.policy_version
+        return [steps[k] for k in sorted(steps)], versions, played
+
+    async def _replay(self) -> dict[str, Any]:
+        """Replay and verify every run in a fresh process, the model server and the nodes gone."""
+        self.say("replaying every run in a fresh process, with the policy server off")
+        report = self.out / "replay.json"
+        child = self._child("replay", ["replay", "--all", "--verify", "--json"])
+        with report.open("wb") as output:
+            process = await asyncio.create_subprocess_exec(*child._command, stdout=output, env=child._env)
+            code = await process.wait()
+        lines = report.read_text().splitlines()
+        if not lines:
+            raise NexactorError(f"the replay printed nothing (exit code {code})")
+        return dict(json.loads(lines[-1]))
+
+    def _report(
+        self,
+        before: list[Outcome],
+        after: list[Outcome],
+        validation: list[Outcome],
+        accounts: Accounts,
+        curve: tuple[list[dict[str, float]], dict[str, int], dict[str, str]],
+        replays: dict[str, Any],
+    ) -> dict[str, Any]:
+        steps, versions, played = curve
+        by_step: dict[int, list[Outcome]] = {}
+        for outcome in validation:
+            by_step.setdefault(versions.get(played.get(outcome.run, ""), 0), []).append(outcome)
+        b, a = _success(before, "heldout"), _success(after, "heldout")
+        draw_curve(
+            self.out / "learning_curve.png",
+            steps=steps,
+            validation=[(s, _success(o, "train")) for s, o in sorted(by_step.items())],
+            before=b,
+            after=a,
+            title=f"{self.policy} on workspace tasks: SFT from the live log of its own agents",
+        )
+        summary: dict[str, Any] = {
+            "success_before": b.rate,
+            "success_after": a.rate,
+            "success_before_interval": [b.low, b.high],
+            "success_after_interval": [a.low, a.high],
+            "held_out_tasks": b.n,
+            "novel_family": {
+                "before": msgspec.to_builtins(_success(before, "novel")),
+                "after": msgspec.to_builtins(_success(after, "novel")),
+            },
+            "families": _families(before, after),
+            "runs": accounts.runs,
+            "events": accounts.events,
+            "model_calls": accounts.model_calls,
+            "kills": dict(self.kills),
+            "runs_lost": accounts.runs_lost,
+            "events_lost": accounts.events_lost,
+            "model_calls_repeated": accounts.model_calls_repeated,
+            "effects_repeated": accounts.effects_repeated,
+            "replays_verified": replays["verified"],
+            "replays_failed": replays["failed"],
+            "splits": accounts.splits,
+            "seconds": round(time.monotonic() - self._began, 1),
+            "infra_errors": sum(bool(o.infra) for o in (*before, *after, *validation)),
+            "ledgers": {
+                "appends_acknowledged": accounts.acknowledged,
+                "generations": accounts.generations,
+                "effects": accounts.effects,
+            },
+            "activations": accounts.activations,
+            "model_calls_reattached": accounts.reattached,
+            "tool_outcomes_unknown": accounts.outcome_unknown,
+            "learner_steps": len(steps),
+            "policy": self.policy,
+        }
+        (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        return summary
+
+
+def _success(outcomes: list[Outcome], split: str) -> Rate:
+    """The rate over tasks of a split; infrastructure failures are no verdicts and are left out."""
+    counted = [o for o in outcomes if o.task.split == split and not o.infra]
+    return rate(sum(o.success for o in counted), len(counted))
+
+
+def _families(before: list[Outcome], after: list[Outcome]) -> dict[str, dict[str, Any]]:
+    out: dict[str, dict[str, Any]] = {}
+    for name, outcomes in (("before", before), ("after", after)):
+        for family in sorted({o.task.family for o in outcomes}):
+            of = [o for o in outcomes if o.task.family == family and not o.infra]
+            out.setdefault(family, {})[name] = msgspec.to_builtins(rate(sum(o.success for o in of), len(of)))
+    return out
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
