@@ -33,9 +33,9 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `request` is the digest of what was asked (a call id used for something else is refused). `context` is the
     digest of the call's messages followed by its answer, `context_messages` their number: what the next turn
-    must start with to go on token-exactly. `message` is None for plain text completions. `ended` tells whether
-    the model itself ended its turn (the last id is an end-of-sequence token). `time` is Unix nanoseconds.
-    `logprobs` are float32 values under the policy at temperature 1.
+    must start with to go on token-exactly; `tools` and `tokenizer` must be the same for that, too. `message` is
+    None for plain text completions. `time` is Unix nanoseconds. `logprobs` are float32 values under the policy
+    at temperature 1.
     """
 
     call_id: str
@@ -47,11 +47,11 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
     finish_reason: str
     policy_version: str
     time: int
-    ended: bool = False
     message: Message | None = None
     context: str = ""
     context_messages: int = 0
     tools: str = ""
+    tokenizer: str = ""
     cached_tokens: int = 0
 
 
