@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -76,19 +77,20 @@ def runs(
     if json:
         typer.echo(to_json(shown))
         return
-    short = shortest_prefixes(found)
+    _print_table(shown, shortest_prefixes(found))
+    if len(shown) < len(chosen):
+        Console().print(f"[dim]{len(chosen) - len(shown)} older runs; --limit shows more[/dim]")
+
+
+def _print_table(shown: Sequence[RunSummary], short: Mapping[str, str]) -> None:
+    """The table, as wide as the terminal: tasks are cut, never ids, which people copy."""
     now = time.time_ns()
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("run", "agent", "task", "status"):
-        table.add_column(name, no_wrap=True, ratio=1 if name == "task" else None)
-    for name in ("agents", "model", "tool", "tokens", "time", "reward"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for s in shown:
-        table.add_row(
+    rows = [
+        (
             short[s.run],
             s.agent,
-            Text(one_line(s.task, 60), overflow="ellipsis"),
-            Text(s.status, style=STYLES.get(s.status, "")),
+            s.task,
+            s.status,
             str(s.agents),
             _with_failures(s.model_calls, s.model_calls_failed),
             _with_failures(s.tool_calls, s.tool_calls_failed),
@@ -96,17 +98,25 @@ def runs(
             seconds(s.duration(now)),
             "" if s.reward is None else f"{s.reward:.2f}",
         )
+        for s in shown
+    ]
+    names = ("run", "agent", "task", "status", "agents", "model", "tool", "tokens", "time", "reward")
+    widths = [max(len(cell) for cell in column) for column in zip(names, *rows, strict=True)]
+    others = sum(w + 2 for name, w in zip(names, widths, strict=True) if name != "task")
     console = Console()
+    task = max(console.width - others, 20)
+    console = Console(width=max(console.width, others + task), highlight=False)
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for name in names:
+        table.add_column(name, no_wrap=True, justify="left" if name in names[:4] else "right")
+    for run, agent, text, status, *numbers in rows:
+        colour = STYLES.get(status, "")
+        table.add_row(run, agent, Text(one_line(text, task)), Text(status, style=colour), *numbers)
     console.print(table)
-    if len(shown) < len(chosen):
-        console.print(f"[dim]{len(chosen) - len(shown)} older runs; --limit shows more[/dim]")
-    elif not shown:
-        console.print("[dim]no runs[/dim]")
 
 
-def _with_failures(done: int, failed: int) -> Text:
-    text = Text(str(done + failed))
-    return text.append(f" ({failed} failed)", style="red") if failed else text
+def _with_failures(done: int, failed: int) -> str:
+    return f"{done + failed} ({failed} failed)" if failed else str(done)
 
 
 def show(
