@@ -24,7 +24,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from nexactor.events.embedded import Address, Embedded, broker_pid, check_version, kill_server
-from nexactor.events.errors import BrokerError, LogUnavailable
+from nexactor.events.errors import BrokerError, LogError, LogUnavailable
 
 __all__ = ["ApiError", "Broker", "broker_pid", "connect", "kill_server"]
 
@@ -90,13 +90,17 @@ class Broker:
 
     async def connected(self, timeout: float = DEADLINE) -> None:
         """Return once there is a connection; LogUnavailable after `timeout` seconds without."""
-        if self._up.is_set():
-            return
-        try:
-            async with asyncio.timeout(timeout):
-                await self._up.wait()
-        except TimeoutError:
-            raise LogUnavailable(f"no connection to the broker at {self.url} for {timeout:.0f} s") from None
+        if not self._up.is_set():
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._up.wait()
+            except TimeoutError:
+                raise LogUnavailable(
+                    f"no connection to the broker at {self.url} for {timeout:.0f} s"
+                ) from None
+        if self.nc.is_closed:
+            reason = f" ({self.nc.last_error})" if self.nc.last_error else ""
+            raise LogUnavailable(f"the connection to the broker at {self.url} is closed{reason}")
 
     async def request(
         self,
@@ -127,6 +131,13 @@ class Broker:
                 reply = await self._ask(subject, payload, headers, min(left, attempt) if attempt else left)
             except (_Lost, TimeoutError):
                 continue
+            except nats.errors.MaxPayloadError as error:
+                raise LogError(
+                    f"a message of {len(payload)} bytes to {subject} is above the server's limit of {self.max_payload}"
+                ) from error
+            except (nats.errors.ConnectionClosedError, nats.errors.OutboundBufferLimitError):
+                await asyncio.sleep(pause)
+                continue  # lost a moment ago: the callback that says so is still to come
             if reply.headers and reply.headers.get("Status") == "503":  # no responders
                 await asyncio.sleep(min(pause, max(left, 0)))
                 pause = min(pause * 2, 0.25)
@@ -278,6 +289,11 @@ class Broker:
         for callback in list(self.on_lost):
             callback()
 
+    async def _on_closed(self) -> None:
+        """For good: by `close`, or because the server refused the credentials after a reconnect."""
+        self._fail_waiting()
+        self._up.set()  # whoever waits for the connection learns that there will be none
+
     async def _on_reconnected(self) -> None:
         self._down.clear()
         self._up.set()
@@ -299,7 +315,7 @@ class Broker:
                     await asyncio.sleep(0.5)
                     continue
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(0.5):
+                    async with asyncio.timeout(0.1):
                         await self._up.wait()
 
 
@@ -393,6 +409,10 @@ class _Dial:
             if self.broker is not None:
                 await self.broker._on_disconnected()
 
+        async def on_closed() -> None:
+            if self.broker is not None:
+                await self.broker._on_closed()
+
         async def on_reconnected() -> None:
             if self.broker is not None:
                 await self.broker._on_reconnected()
@@ -404,6 +424,7 @@ class _Dial:
             error_cb=on_error,
             disconnected_cb=on_disconnected,
             reconnected_cb=on_reconnected,
+            closed_cb=on_closed,
             # Strict for the first connection only, see below.
             allow_reconnect=False,
             max_reconnect_attempts=1,

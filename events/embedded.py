@@ -1,7 +1,7 @@
 """The embedded nats-server: one child process a data folder, shared by every process that uses the folder.
 
-Layout of `<data>/broker/`: `lock`, `broker.json` (url, token, name, pid; mode 0600), `nats.conf` (0600, the token
-is never on a command line), `server.log`, `jetstream/`.
+Layout of `<data>/broker/`: `lock` (holds the pid), `broker.json` (url, token, name, pid; mode 0600), `nats.conf`
+(0600; the token is never on a command line), `server.log`, `jetstream/`.
 
 The lock is an flock whose descriptor the server inherits, so it is held exactly as long as the server lives: there
 are never two servers on one folder, and a server that was killed frees it at once. On Linux the server dies with
@@ -78,6 +78,10 @@ class Hello(msgspec.Struct, frozen=True):
     max_payload: int = 1 << 20
 
 
+class _KilledAtBirth(BrokerError):
+    """The new server was killed by a signal before it listened: nothing is wrong with it, start another."""
+
+
 class Embedded:
     """The server of one data folder, as one process sees it: finds it, or starts it.
 
@@ -106,6 +110,9 @@ class Embedded:
             if lock is not None:
                 try:
                     return await self._start(lock)
+                except _KilledAtBirth:
+                    if loop.time() > deadline:
+                        raise
                 finally:
                     os.close(lock)  # the child holds the lock on
             address = read_address(self.data)
@@ -147,6 +154,7 @@ class Embedded:
         except BlockingIOError:
             os.close(descriptor)
             return None
+        os.ftruncate(descriptor, 0)  # the former server's pid
         return descriptor
 
     async def _start(self, lock: int) -> Address:
@@ -181,6 +189,7 @@ class Embedded:
                 f"cannot start {binary} in {self.folder}: {error.strerror or error}; "
                 "choose a data folder that you can write to with --data"
             ) from error
+        os.pwrite(lock, str(child.pid).encode(), 0)
         address = Address(f"nats://127.0.0.1:{port}", token, name, child.pid)
         try:
             hello = await self._wait_until_it_listens(child, address, log, before, binary)
@@ -203,6 +212,10 @@ class Embedded:
             if hello is not None and hello.server_name == address.name:
                 return hello
             if child.poll() is not None:
+                if child.returncode < 0:
+                    raise _KilledAtBirth(
+                        f"{binary} was killed by signal {-child.returncode} while it started"
+                    )
                 version = server_version(binary)
                 if version is not None:
                     check_version(version, f"the nats-server at {binary}")
@@ -226,9 +239,8 @@ def read_address(data: Path) -> Address | None:
 
 
 def broker_pid(data: Path) -> int | None:
-    """Process id of the nats-server that now serves a data folder, or None if none does."""
-    address = read_address(data)
-    if address is None or fcntl is None:
+    """Process id of the nats-server that serves a data folder or is about to, or None if none does."""
+    if fcntl is None:
         return None
     try:
         descriptor = os.open(data / "broker" / "lock", os.O_RDWR | os.O_CLOEXEC)
@@ -238,7 +250,8 @@ def broker_pid(data: Path) -> int | None:
         # Shared: two askers do not disturb each other; a starter that finds it taken asks again.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return address.pid
+        written = os.pread(descriptor, 32, 0)
+        return int(written) if written.isdigit() else None
     else:
         return None
     finally:
@@ -375,6 +388,10 @@ def _write_private(path: Path, content: bytes) -> None:
 def kill_server(data: Path) -> int | None:
     """SIGKILL the folder's nats-server, as the demo and the tests do; its process id, or None if none ran."""
     pid = broker_pid(data)
-    if pid is not None:
+    if pid is None:
+        return None
+    try:
         os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return None
     return pid

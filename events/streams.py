@@ -192,6 +192,8 @@ class Puller:
                 answer = await self._broker.api(call, request)
                 break
             except LogUnavailable:
+                if self._broker.nc.is_closed:
+                    raise
                 continue  # a reader waits as long as the outage lasts
         self._heard = asyncio.get_running_loop().time()
         return int(answer["num_pending"])

@@ -18,7 +18,7 @@ import pytest
 from nexactor.events import embedded
 from nexactor.events.broker import ApiError, Broker, broker_pid, connect, kill_server
 from nexactor.events.embedded import Embedded, find_server, read_address
-from nexactor.events.errors import BrokerError, LogUnavailable
+from nexactor.events.errors import BrokerError, LogError, LogUnavailable
 
 HOLD = """
 import asyncio, sys
@@ -74,7 +74,7 @@ def command_line(pid: int) -> str:
 async def dead(data: Path, pid: int) -> None:
     """Return when the server `pid` no longer holds the folder."""
     async with asyncio.timeout(10):
-        while broker_pid(data) == pid:  # noqa: ASYNC110 - another process ends, nothing tells us
+        while broker_pid(data) == pid:
             await asyncio.sleep(0)
 
 
@@ -197,6 +197,31 @@ async def test_when_its_port_was_taken_meanwhile_the_server_moves_and_clients_fo
         assert one.url == two.url != address.url
 
 
+async def test_a_server_killed_while_it_starts_is_started_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binary = tmp_path / "nats-server"
+    binary.write_text(
+        f'#!/bin/sh\n[ -e {tmp_path}/born ] || {{ touch {tmp_path}/born; kill -9 $$; }}\nexec {find_server()} "$@"\n'
+    )
+    binary.chmod(0o755)
+    monkeypatch.setattr(embedded, "find_server", lambda: str(binary))
+    async with await connect(data=data) as broker:
+        await broker.api("INFO")
+
+
+async def test_a_closed_connection_says_so_at_once(data: Path) -> None:
+    async with await connect(data=data) as broker:
+        pass
+    with pytest.raises(LogUnavailable, match="is closed"):
+        await broker.api("INFO")
+
+
+async def test_a_message_above_the_servers_limit_is_named(broker: Broker, namespace: str) -> None:
+    with pytest.raises(LogError, match=r"2097152 bytes to .* above the server's limit of 1048576"):
+        await broker.request(f"{namespace}.x", bytes(2 << 20))
+
+
 async def test_subscriptions_survive_a_kill(data: Path) -> None:
     async with await connect(data=data) as broker:
         got: asyncio.Queue[bytes] = asyncio.Queue()
@@ -245,7 +270,7 @@ async def plain_server(folder: Path, *options: str) -> AsyncIterator[int]:
     )  # fmt: skip
     try:
         async with asyncio.timeout(10):
-            while not (files := list(ports.glob("*.ports"))) or b"nats" not in files[0].read_bytes():  # noqa: ASYNC110
+            while not (files := list(ports.glob("*.ports"))) or b"nats" not in files[0].read_bytes():
                 await asyncio.sleep(0)
         yield int(files[0].read_text().split('"nats://127.0.0.1:')[1].split('"')[0])
     finally:

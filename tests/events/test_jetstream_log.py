@@ -14,7 +14,7 @@ from nexactor.events import broker as broker_module
 from nexactor.events.broker import Broker, connect, kill_server
 from nexactor.events.cursor import START, Cursor
 from nexactor.events.envelope import GENESIS, Recorded
-from nexactor.events.errors import IntegrityError, VersionConflict
+from nexactor.events.errors import IntegrityError, LogError, LogUnavailable, VersionConflict
 from nexactor.events.jetstream import JetStreamLog
 from nexactor.events.log import Filter, Meta
 from nexactor.events.records import Tip, digest_of, seal
@@ -67,7 +67,7 @@ async def test_kills_of_the_server_lose_and_double_nothing(data: Path, tmp_path:
                 count = len(acknowledged) + 60
                 async with progress:
                     await progress.wait_for(lambda count=count: len(acknowledged) >= count)
-                while kill_server(data) is None:  # noqa: ASYNC110 - the last kill's successor is not there yet
+                while kill_server(data) is None:
                     await asyncio.sleep(0)
             stop.set()
             await log.append("agent/last", fired("end", "end"), expected_version=0)
@@ -268,18 +268,47 @@ async def test_a_half_stored_blob_is_not_there_until_it_is_stored_again(broker: 
     log = await JetStreamLog.open(broker)
     data = bytes(range(256)) * 8192
     prefix = f"nx.{broker.namespace}.blob.{digest_of(data)}"
-    chunk = broker.max_payload - 4096
-    await broker.request(f"{prefix}.1", data[chunk : 2 * chunk])  # its writer died here
-    with pytest.raises(Exception, match="no blob"):
+    chunk = 512 << 10
+    await broker.request(f"{prefix}.{chunk}.1", data[chunk : 2 * chunk])  # its writer died here
+    with pytest.raises(LogError, match="no blob"):
         await log.get_blob(digest_of(data))
     await log.put_blob(data)
     fresh = await JetStreamLog.open(broker)
     assert await fresh.get_blob(digest_of(data)) == data
 
 
+async def test_a_blob_that_a_replica_lacks_is_read_from_the_leader(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = await JetStreamLog.open(broker)
+    data = bytes(range(256)) * 5000
+    digest = await log.put_blob(data)
+    ask = broker._ask
+
+    async def lagging(subject: str, *rest: Any) -> Any:
+        return await ask(subject + "x" if "DIRECT.GET" in subject else subject, *rest)
+
+    monkeypatch.setattr(broker, "_ask", lagging)
+    fresh = await JetStreamLog.open(broker)
+    assert await fresh.get_blob(digest) == data
+
+
+async def test_a_follower_of_a_closed_connection_ends_with_an_error(data: Path) -> None:
+    async with await connect(data=data) as broker:
+        log = await JetStreamLog.open(broker)
+        events = log.subscribe(START)
+        waiting = asyncio.ensure_future(anext(events))
+        await log.append(A, fired("1"), expected_version=0)
+        await waiting
+        waiting = asyncio.ensure_future(anext(events))
+        await log.version(A)
+    with pytest.raises(LogUnavailable, match="is closed"):
+        await waiting
+
+
 async def test_an_altered_blob_is_an_integrity_error(broker: Broker) -> None:
     log = await JetStreamLog.open(broker)
     digest = digest_of(b"what it was")
-    await broker.request(f"nx.{broker.namespace}.blob.{digest}.0", b"what it is", headers={"Nx-Chunks": "1"})
+    await broker.request(f"nx.{broker.namespace}.blob.{digest}", b"what it is", headers={"Nx-Chunks": "1"})
     with pytest.raises(IntegrityError, match=f"blob {digest} was altered"):
         await log.get_blob(digest)
