@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from nexactor.cli import node, policy, replay, run, runs, stream, tail, verify
+from nexactor.cli import learn, node, policy, replay, run, runs, stream, tail, verify
 from nexactor.cli.app import Commands, global_options
 from nexactor.cli.demo import command as demo
 
@@ -36,6 +36,7 @@ app.command("verify", rich_help_panel="Look", epilog="Example: nexactor verify")
 app.command(
     "stream", rich_help_panel="Learn", epilog="Example: nexactor stream --from start > trajectories.jsonl"
 )(stream.stream)
+app.add_typer(learn.app, name="learn", rich_help_panel="Learn", help="Train policies on the log.")
 app.add_typer(policy.app, name="policy", rich_help_panel="Learn", help="Get, serve and export policies.")
 
 
