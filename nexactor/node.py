@@ -88,7 +88,8 @@ class Node:
         await self.transport.leave()
         for task in self._tasks:
             task.cancel()
-        await self._scope.__aexit__(kind, error, trace)
+        # The body's own error, if any, goes on by itself rather than inside an exception group.
+        await self._scope.__aexit__(None, None, None)
 
     def _start(self, work: Any) -> None:
         task = self._scope.create_task(work)

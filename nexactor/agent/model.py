@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from nexactor.events.errors import NexactorError
+from nexactor.events.errors import ConfigError, NexactorError
 from nexactor.events.messages import Message, TokenTrace, ToolCall, ToolSpec, Usage
 from nexactor.spec import LLMConfig, expand_env
 
@@ -77,7 +77,10 @@ class ModelClient:
         """
         import openai
 
-        client = self._client(config)
+        try:
+            client = self._client(config)
+        except ConfigError as error:
+            raise ModelError(str(error), 0) from error
         headers = {CALL_ID: call_id}
         if previous_call_id:
             headers[PREVIOUS_CALL_ID] = previous_call_id

@@ -137,8 +137,8 @@ class Demo:
         """The team, talking to the policy or to the expert: the same files, another endpoint."""
         return load_spec(self.agent, env={"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "none"})
 
-    async def _served(self, version: str) -> str:
-        """Wait until the policy server answers (with this version, if one is named)."""
+    async def _served(self, version: str) -> None:
+        """Wait until the policy server answers; with these weights, if a version is named."""
         import aiohttp
 
         async with aiohttp.ClientSession() as session:
@@ -146,12 +146,12 @@ class Demo:
                 self._check()
                 try:
                     async with session.get(f"http://127.0.0.1:{self.model_port}/readyz") as response:
-                        if response.status == 200 and not version:
-                            return ""
+                        ready = response.status == 200
+                    if ready and not version:
+                        return
                     async with session.get(f"{self.model_url}/models") as response:
-                        serving = str((await response.json())["data"][0].get("policy_version", ""))
-                        if serving == version:
-                            return serving
+                        if ready and version in await response.text():
+                            return
                 except (aiohttp.ClientError, OSError):
                     pass  # Not up yet, or killed a moment ago.
                 await asyncio.sleep(0.2)
@@ -275,12 +275,10 @@ class Demo:
                 "name": LEARNER,
                 "policy": str(self.policy_path),
                 "out": str(self.out / "learner"),
-                "filters": {"labels": {"role": "expert"}, "min_reward": 1.0},
-                "runs_per_step": p.runs_per_step,
-                "passes": p.passes,
+                "data": {"labels": {"role": "expert"}, "min_reward": 1.0},
+                "batch": p.runs_per_step,
                 "max_steps": p.max_steps,
-                "learning_rate": p.learning_rate,
-                "warmup_steps": max(1, p.max_steps // 10),
+                "optimizer": {"lr": p.learning_rate, "warmup": max(1, p.max_steps // 10)},
                 "publish_every": p.publish_every,
                 "checkpoint_every": max(1, p.publish_every // 2),
             },

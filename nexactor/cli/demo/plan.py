@@ -12,7 +12,6 @@ class DemoPlan(msgspec.Struct, frozen=True):
     novel: int
     demonstrations: int
     runs_per_step: int
-    passes: int
     publish_every: int
     validation: int
     parallel: int
@@ -21,7 +20,7 @@ class DemoPlan(msgspec.Struct, frozen=True):
 
     @property
     def max_steps(self) -> int:
-        return self.demonstrations // self.runs_per_step * self.passes
+        return self.demonstrations // self.runs_per_step
 
 
 FULL_MINUTES = 25.0
@@ -37,7 +36,6 @@ def plan(minutes: float) -> DemoPlan:
         novel=max(4, round(20 * share)),
         demonstrations=demonstrations,
         runs_per_step=runs_per_step,
-        passes=1,
         publish_every=max(2, round(8 * share)),
         validation=max(4, round(10 * share)),
         parallel=16,
