@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from nexactor.events.messages import Message, ToolSpec
 from nexactor.events.segments import AgentTrajectory, Segment, Span, Trajectory
+from nexactor.learner.rules import DataRules
 
 
 class ChatTokenizer(Protocol):
@@ -35,22 +35,6 @@ class ChatTokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
     def render(self, messages: Sequence[Message], tools: Sequence[ToolSpec], *, generation: bool) -> str: ...
-
-
-class DataRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which trajectories are trained on. Runs that failed for infrastructure reasons never are.
-
-    `labels` must all match the run's. `statuses` (empty: any) and `min_reward` are what the run must have
-    reached. A sample of more than `max_tokens` is dropped, or with `too_long: cut` cut at its end.
-    `incomplete: drop` leaves out runs of which an agent has no end or a call cannot be rebuilt from the log.
-    """
-
-    labels: dict[str, str] = {}
-    statuses: tuple[str, ...] = ()
-    min_reward: float | None = None
-    max_tokens: int = 2048
-    too_long: Literal["drop", "cut"] = "drop"
-    incomplete: Literal["drop", "keep"] = "keep"
 
 
 @dataclass(frozen=True)

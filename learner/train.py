@@ -9,12 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import optax
 from jax import Array
 
@@ -22,24 +21,7 @@ from nexactor.learner.data import Sample
 from nexactor.learner.loss import LossSums, PackArrays, pack_arrays, pack_loss
 from nexactor.learner.model import Config, Params
 from nexactor.learner.pack import BLOCK, pack
-
-
-class OptimizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """AdamW with a linear warm-up to `lr` over `warmup` steps, then constant or falling to 0 at
-    `decay_steps`.
-
-    `clip` bounds the global norm of the gradient; 0 leaves it alone. Weight decay spares norms and biases.
-    """
-
-    lr: float = 1e-4
-    warmup: int = 5
-    decay: str = "constant"
-    decay_steps: int = 0
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0
+from nexactor.learner.rules import OptimizerConfig
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "opt", "step", "rng"], meta_fields=[])
@@ -109,6 +91,29 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw
 
 
+@cache
+def _compiled(model: Config, optimizer: OptimizerConfig, remat: bool) -> tuple[Any, Any, Any]:
+    """The jitted functions of a trainer; trainers of the same kind in one process share them."""
+    rule = make_optimizer(optimizer)
+
+    def gradient(params: Params, arrays: PackArrays, normaliser: Array) -> tuple[LossSums, Params]:
+        (_, sums), grads = jax.value_and_grad(pack_loss, has_aux=True)(
+            params, model, arrays, normaliser, remat=remat
+        )
+        return sums, grads
+
+    def add(total: Any, more: Any) -> Any:
+        return jax.tree.map(jnp.add, total, more)
+
+    def update(state: TrainState, grads: Params) -> tuple[TrainState, Array]:
+        changes, opt = rule.update(grads, state.opt, state.params)
+        params = optax.apply_updates(state.params, changes)
+        norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
+        return TrainState(params, opt, state.step + 1, state.rng), norm
+
+    return jax.jit(gradient), jax.jit(add, donate_argnums=(0,)), jax.jit(update, donate_argnums=(0,))
+
+
 class Trainer:
     """Runs steps of one model and optimiser. Holds compiled functions only; the state is the caller's."""
 
@@ -124,24 +129,7 @@ class Trainer:
         self._schedule = schedule(optimizer)
         self._optimizer = make_optimizer(optimizer)
         self._shapes: set[tuple[int, int, int]] = set()
-
-        def gradient(params: Params, arrays: PackArrays, normaliser: Array) -> tuple[LossSums, Params]:
-            (_, sums), grads = jax.value_and_grad(pack_loss, has_aux=True)(
-                params, model, arrays, normaliser, remat=remat
-            )
-            return sums, grads
-
-        def add(total: Any, more: Any) -> Any:
-            return jax.tree.map(jnp.add, total, more)
-
-        def update(state: TrainState, grads: Params) -> tuple[TrainState, Array]:
-            changes, opt = self._optimizer.update(grads, state.opt, state.params)
-            params = optax.apply_updates(state.params, changes)
-            return TrainState(params, opt, state.step + 1, state.rng), optax.global_norm(grads)
-
-        self._gradient = jax.jit(gradient)
-        self._add = jax.jit(add, donate_argnums=(0,))
-        self._update = jax.jit(update, donate_argnums=(0, 1))
+        self._gradient, self._add, self._update = _compiled(model, optimizer, remat)
 
     @property
     def compiled(self) -> int:
