@@ -56,15 +56,10 @@ def allocate(config: Config, slots: int, positions: int) -> Cache:
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def windows(positions: int) -> tuple[int, ...]:
-    """Window sizes, from nothing to `positions`, at most a third apart."""
-    sizes, size = [0], 64
-    while size < positions:
-        sizes.append(size)
-        if size >= 128 and size + size // 2 < positions:
-            sizes.append(size + size // 2)
-        size *= 2
-    return (*sizes, positions)
+def windows(longest: int) -> tuple[int, ...]:
+    """Window sizes, from nothing to `longest`. Each costs compile time in every program, hence few."""
+    sizes = [0, 128, 256, 384, 512, 768, *(1 << i for i in range(10, longest.bit_length()))]
+    return (*(s for s in sizes if s < longest), longest)
 
 
 @partial(jax.jit, static_argnames=("config", "window"), donate_argnames=("cache",))
@@ -176,12 +171,13 @@ def _advance(
     positions = rows.start[:, None] + jnp.arange(time)
     attend = _attend_by_row(cache, rows) if window is None else _attend_batched(cache, rows, window)
     hidden, new = forward(params, config, rows.tokens, positions, attend, jnp.arange(config.layers))
-    k, v = cache
-    for i in range(batch):
+
+    def write(i: Array, cache: Cache) -> Cache:
         at = (0, rows.rows[i], 0, rows.start[i], 0)
-        k = lax.dynamic_update_slice(k, new.k[:, i : i + 1], at)
-        v = lax.dynamic_update_slice(v, new.v[:, i : i + 1], at)
-    return hidden, Cache(k, v)
+        k, v = (lax.dynamic_slice_in_dim(x, i, 1, axis=1) for x in new)
+        return Cache(lax.dynamic_update_slice(cache.k, k, at), lax.dynamic_update_slice(cache.v, v, at))
+
+    return hidden, lax.fori_loop(0, batch, write, cache)
 
 
 def _attention(q: Array, past: Cache, new: Cache, start: Array) -> Array:

@@ -15,7 +15,8 @@ from collections import Counter
 from nexactor.events.ids import digest
 from nexactor.learner.answers import Answer, AnswerJournal
 from nexactor.learner.chat import Ask, RequestError, answer_message
-from nexactor.learner.sampler import Sample, Sampler, SampleRequest, Ticket
+from nexactor.learner.sampler import Sampler
+from nexactor.learner.sampling import Sample, SampleRequest, Ticket
 from nexactor.learner.tokenizer import PolicyTokenizer, TemplateError
 
 

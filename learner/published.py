@@ -28,7 +28,9 @@ async def usable(published: PolicyPublished) -> bool:
         logger.warning("policy %s is not served: %s", published.version, error)
         return False
     if found != published.digest:
-        logger.warning("policy %s at %s is not what was published: not served", published.version, published.path)
+        logger.warning(
+            "policy %s at %s is not what was published: not served", published.version, published.path
+        )
     return found == published.digest
 
 

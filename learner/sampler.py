@@ -20,145 +20,29 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import jax
-import msgspec
 import numpy as np
 
 from nexactor.events.errors import NexactorError
 from nexactor.learner.cache import Cache, Dice, Rows, allocate, copy_prefix, decode, prefill, windows
 from nexactor.learner.model import Config, Params
+from nexactor.learner.sampling import (
+    PromptTooLong,
+    QueueFull,
+    Sample,
+    SamplerClosed,
+    SampleRequest,
+    SamplerStats,
+    Ticket,
+)
+from nexactor.learner.slots import WORTH_COPYING, Active, Ids, Placement, Slot, Weights, common, place
 
 logger = logging.getLogger(__name__)
 
-_WORTH_COPYING = 16
-"""Tokens from which copying a prefix from another slot beats computing it."""
-
-
-class QueueFull(NexactorError):
-    """Too many requests wait already: try again later."""
-
-
-class PromptTooLong(NexactorError):
-    """The prompt leaves no room for an answer within the sampler's `max_len`."""
-
-
-class SamplerClosed(NexactorError):
-    """The sampler was stopped before the request was finished."""
-
-
-class SampleRequest(msgspec.Struct, frozen=True):
-    """What to sample. `seed` is any integer (64 bits are used); `temperature` 0 is greedy.
-
-    `stop` are strings at which the answer ends; `max_tokens` is cut to what fits into `max_len`.
-    """
-
-    prompt: Sequence[int]
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-
-
-class Sample(msgspec.Struct, frozen=True):
-    """What was sampled.
-
-    `ids` includes the token that ended the answer (an end-of-sequence token: `ended` is true; or the one that
-    completed the stop string `stopped_by`). `logprobs` are float32 log-probabilities of `ids` under the policy itself:
-    at temperature 1 and before top-p, whatever the request sampled at, since this is what a learner compares
-    with. `cached_tokens` counts prompt tokens that were not computed again. `version`: the policy that sampled.
-    """
-
-    ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
-    version: str
-    ended: bool = False
-    stopped_by: str = ""
-    cached_tokens: int = 0
-    queued_s: float = 0.0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-
-
-class SamplerStats(msgspec.Struct, frozen=True):
-    """Counters since the start, and what is going on now."""
-
-    waiting: int = 0
-    active: int = 0
-    slots: int = 0
-    requests: int = 0
-    sampled_tokens: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    cancelled: int = 0
-    decode_steps: int = 0
-    prefill_steps: int = 0
-    decode_s: float = 0.0
-    prefill_s: float = 0.0
-    compilations: int = 0
-    swaps: int = 0
-    version: str = ""
-
-
-class Ticket:
-    """A request in the sampler. `future` gives its Sample; cancelling the future gives its slot back
-    before the next step. `on_token(id, logprob)` is called in the worker's thread for every sampled token.
-    """
-
-    def __init__(self, request: SampleRequest, on_token: Callable[[int, float], None] | None) -> None:
-        self.request = request
-        self.future: Future[Sample] = Future()
-        self.on_token = on_token
-
-
-class _Weights(msgspec.Struct, frozen=True):
-    """Weights, their name, and how many times weights were swapped before them."""
-
-    params: Params
-    version: str
-    epoch: int
-
-
-class _Slot:
-    """A row of the cache and the tokens whose keys and values it holds."""
-
-    def __init__(self, row: int, positions: int) -> None:
-        self.row = row
-        self.tokens = np.zeros(positions, np.int32)
-        self.length = 0
-        self.epoch = 0
-        self.busy = False
-        self.used = 0.0
-
-    def shares(self, prompt: np.ndarray[Any, Any], epoch: int) -> int:
-        """How many leading tokens of `prompt` this slot holds, computed on the weights of `epoch`."""
-        return _common(self.tokens[: self.length], prompt) if self.epoch == epoch else 0
-
-
-class _Sequence:
-    """A request that has a slot."""
-
-    def __init__(
-        self, ticket: Ticket, prompt: np.ndarray[Any, Any], slot: _Slot, cached: int, weights: _Weights
-    ) -> None:
-        self.ticket, self.prompt, self.slot, self.cached, self.weights = ticket, prompt, slot, cached, weights
-        request = ticket.request
-        self.next_token = int(prompt[-1])
-        self.ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.limit = request.max_tokens
-        seed = request.seed & 0xFFFF_FFFF_FFFF_FFFF
-        self.seed = (seed >> 32, seed & 0xFFFF_FFFF)
-        self.times: list[float] = [0.0, 0.0, 0.0]
-
-    @property
-    def remaining(self) -> int:
-        """Prompt tokens still to prefill: all but the last are."""
-        return len(self.prompt) - 1 - self.slot.length
+_TOGETHER = 4
+"""Sequences that are prefilled in one batch, when so many wait."""
 
 
 class Sampler:
@@ -181,21 +65,25 @@ class Sampler:
         queue: int = 256,
         chunk: int = 128,
     ) -> None:
-        if slots < 1 or chunk < 16:
-            raise NexactorError(f"slots is {slots} and chunk {chunk}: give at least 1 and 16")
+        if slots < 1 or chunk < 16 or chunk % 4:
+            raise NexactorError(
+                f"slots is {slots}, chunk {chunk}: give at least 1, and 16 or a larger multiple of 4"
+            )
         self.config, self.max_len = config, min(max_len, config.max_positions)
-        self._weights = _Weights(params, version, 0)
+        self._weights = Weights(params, version, 0)
         self._text, self._eos = text, eos_ids
         self._chunk, self._queue_limit = chunk, queue
         positions = self.max_len + chunk
         self._cache: Cache = allocate(config, slots, positions)
-        self._slots = [_Slot(i, positions) for i in range(slots)]
+        self._slots = [Slot(i, positions) for i in range(slots)]
         self._scratch = slots
         self._windows = windows(positions)
+        self._prefill_sizes = {1: (chunk // 4, chunk // 2, chunk), _TOGETHER: (chunk // _TOGETHER,)}
+        self._decode_sizes = decode_sizes(slots)
         self._by_row = jax.default_backend() == "cpu"
-        self._waiting: collections.deque[tuple[Ticket, np.ndarray[Any, Any], float]] = collections.deque()
-        self._prefilling: list[_Sequence] = []
-        self._decoding: list[_Sequence] = []
+        self._waiting: collections.deque[tuple[Ticket, Ids, float]] = collections.deque()
+        self._prefilling: list[Active] = []
+        self._decoding: list[Active] = []
         self._cond = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
@@ -247,7 +135,7 @@ class Sampler:
     def swap(self, params: Params, version: str) -> None:
         """Serve new requests from `params` from now on; those in flight finish on what they began with."""
         with self._cond:
-            self._weights = _Weights(params, version, self._weights.epoch + 1)
+            self._weights = Weights(params, version, self._weights.epoch + 1)
             self._counts["swaps"] += 1
 
     def stats(self) -> SamplerStats:
@@ -305,7 +193,7 @@ class Sampler:
         self._admit()
         if self._prefilling:
             self._prefill_chunk()
-        groups: dict[int, list[_Sequence]] = {}
+        groups: dict[int, list[Active]] = {}
         for sequence in self._decoding:
             groups.setdefault(sequence.weights.epoch, []).append(sequence)
         for group in groups.values():
@@ -320,7 +208,7 @@ class Sampler:
             for sequence in left:
                 self._leave(sequence)
 
-    def _leave(self, sequence: _Sequence) -> None:
+    def _leave(self, sequence: Active) -> None:
         """Give a slot back; what it holds may serve a later request of the same version."""
         for group in (self._prefilling, self._decoding):
             if sequence in group:
@@ -332,57 +220,44 @@ class Sampler:
         """Give free slots to waiting requests, first come first served, except that one whose prefix is being
         computed by another waits for that instead of computing it again."""
         with self._cond:
-            put_off, epoch = [], self._weights.epoch
+            put_off, weights = [], self._weights
             while self._waiting and any(not s.busy for s in self._slots):
                 ticket, prompt, since = self._waiting.popleft()
-                needed = prompt[:-1]
-                best = max(self._slots, key=lambda s: s.shares(needed, epoch))
-                cached = best.shares(needed, epoch)
-                coming = [s.prompt[:-1] for s in self._prefilling if s.weights.epoch == epoch]
-                soon = max((_common(p, needed) for p in coming), default=0)
-                if soon >= cached + _WORTH_COPYING:
+                placed = place(self._slots, prompt[:-1], weights.epoch)
+                coming = [s.prompt[:-1] for s in self._prefilling if s.weights.epoch == weights.epoch]
+                soon = max((common(p, prompt[:-1]) for p in coming), default=0)
+                if soon >= placed.cached + WORTH_COPYING:
                     put_off.append((ticket, prompt, since))
                     continue
-                self._place(ticket, prompt, since, best, cached)
+                self._occupy(placed, weights.epoch)
+                sequence = Active(ticket, prompt, placed.slot, placed.cached, weights)
+                sequence.limit = min(ticket.request.max_tokens, self.max_len - len(prompt))
+                now = time.monotonic()
+                sequence.times = [now - since, now, now]
+                self._counts["prompt_tokens"] += len(prompt)
+                self._counts["cached_tokens"] += placed.cached
+                (self._prefilling if sequence.remaining else self._decoding).append(sequence)
             self._waiting.extendleft(reversed(put_off))
 
-    def _place(
-        self, ticket: Ticket, prompt: np.ndarray[Any, Any], since: float, best: _Slot, cached: int
-    ) -> None:
-        """Choose a slot. A slot whose whole content the prompt continues is taken as it is; otherwise the one
-        used longest ago is, and the shared prefix is copied there, so that `best` stays whole for its own next turn."""
-        free = [s for s in self._slots if not s.busy]
-        slot, epoch = best, self._weights.epoch
-        if best.busy or cached == 0 or cached < best.length:
-            slot = min(free, key=lambda s: (s.length > 0 and s.epoch == epoch, s.used))
-            own = slot.shares(prompt[:-1], epoch)
-            if own < cached and cached >= _WORTH_COPYING:
-                size = next(w for w in self._windows if w >= cached)
-                self._programs.add(("copy", size))
-                self._cache = copy_prefix(self._cache, np.int32(best.row), np.int32(slot.row), length=size)
-                slot.tokens[:cached] = best.tokens[:cached]
-            else:
-                cached = own
+    def _occupy(self, placed: Placement, epoch: int) -> None:
+        slot, source, cached = placed.slot, placed.source, placed.cached
+        if source is not None:
+            size = next(w for w in self._windows if w >= cached)
+            self._programs.add(("copy", size))
+            self._cache = copy_prefix(self._cache, np.int32(source.row), np.int32(slot.row), length=size)
+            slot.tokens[:cached] = source.tokens[:cached]
         slot.length, slot.epoch, slot.busy = cached, epoch, True
-        sequence = _Sequence(ticket, prompt, slot, cached, self._weights)
-        sequence.limit = min(ticket.request.max_tokens, self.max_len - len(prompt))
-        now = time.monotonic()
-        sequence.times = [now - since, now, now]
-        self._counts["prompt_tokens"] += len(prompt)
-        self._counts["cached_tokens"] += cached
-        (self._prefilling if sequence.remaining else self._decoding).append(sequence)
 
     def _prefill_chunk(self) -> None:
-        """Compute up to `chunk` prompt tokens, of up to four sequences of one version at once."""
+        """Compute up to `chunk` prompt tokens: of four sequences on the same weights if so many wait, else of the
+        first."""
         began = time.monotonic()
         first = self._prefilling[0]
-        ready = [s for s in self._prefilling if s.weights.epoch == first.weights.epoch][:4]
-        batch = 1 << (len(ready).bit_length() - 1)
-        ready = ready[:batch]
-        longest = max(s.remaining for s in ready)
-        size = max(16, self._chunk // batch)
-        while size // 2 >= max(16, longest):
-            size //= 2
+        ready = [s for s in self._prefilling if s.weights.epoch == first.weights.epoch][:_TOGETHER]
+        if len(ready) < _TOGETHER:
+            ready = [first]
+        batch = len(ready)
+        size = next(n for n in self._prefill_sizes[batch] if n >= min(first.remaining, self._chunk // batch))
         tokens = np.zeros((batch, size), np.int32)
         counts = []
         for i, s in enumerate(ready):
@@ -406,12 +281,10 @@ class Sampler:
             self._counts["prefill_steps"] += 1
             self._seconds["prefill"] += now - began
 
-    def _decode_step(self, group: list[_Sequence]) -> None:
+    def _decode_step(self, group: list[Active]) -> None:
         """One token for every sequence of a group (all on the same weights)."""
         began = time.monotonic()
-        size = 2
-        while size < len(group):
-            size *= 2
+        size = next(n for n in self._decode_sizes if n >= len(group))
         pad = size - len(group)
         requests = [s.ticket.request for s in group]
         rows = Rows(
@@ -444,7 +317,7 @@ class Sampler:
         for sequence, token, logprob in zip(group, new_ids, new_logprobs, strict=False):
             self._sampled(sequence, token, logprob)
 
-    def _sampled(self, s: _Sequence, token: int, logprob: float) -> None:
+    def _sampled(self, s: Active, token: int, logprob: float) -> None:
         """Take a sampled token in; finish the sequence if it ends it."""
         slot = s.slot
         slot.tokens[slot.length] = s.next_token
@@ -478,7 +351,7 @@ class Sampler:
             )
         )
 
-    def _stop_string(self, s: _Sequence) -> str:
+    def _stop_string(self, s: Active) -> str:
         """The stop string that the last token completed, if any: a token adds at least a byte, so looking
         at as many tokens as the string has bytes is enough."""
         for stop in s.ticket.request.stop:
@@ -486,7 +359,7 @@ class Sampler:
                 return stop
         return ""
 
-    def _window(self, starts: np.ndarray[Any, Any]) -> int | None:
+    def _window(self, starts: Ids) -> int | None:
         """The cache positions a batched program must look at; None where each row has its own."""
         if self._by_row:
             return None
@@ -495,38 +368,33 @@ class Sampler:
 
     def warm(self) -> None:
         """Compile (or fetch from JAX's compilation cache) the programs that most requests need, before `start`."""
-        params, common = self._weights.params, {"config": self.config, "window": self._window(_int32([0]))}
-        window, batch = common["window"], 1
-        while batch <= 4:
-            size = max(16, self._chunk // batch)
-            while size >= 16:
+        params, window = self._weights.params, self._window(_int32([0]))
+        for batch, sizes in self._prefill_sizes.items():
+            for size in sizes:
                 rows = Rows(np.zeros((batch, size), np.int32), *self._nowhere(batch))
-                self._cache = prefill(params, self._cache, rows, **common)
+                self._cache = prefill(params, self._cache, rows, config=self.config, window=window)
                 self._programs.add(("prefill", batch, size, window))
-                size //= 2
-            batch *= 2
-        size = 2
-        while True:
+        for size in self._decode_sizes:
             rows = Rows(np.zeros((size, 1), np.int32), *self._nowhere(size))
             dice = Dice(np.zeros((size, 2), np.uint32), np.zeros(size, np.float32), np.ones(size, np.float32))
-            self._cache, ids, _ = decode(params, self._cache, rows, dice, truncate=False, **common)
+            self._cache, _, _ = decode(
+                params, self._cache, rows, dice, config=self.config, window=window, truncate=False
+            )
             self._programs.add(("decode", size, window, False))
-            if size >= len(self._slots):
-                break
-            size *= 2
-        ids.block_until_ready()
+        self._cache.k.block_until_ready()
 
-    def _nowhere(self, batch: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def _nowhere(self, batch: int) -> tuple[Ids, Ids]:
         """`rows` and `start` of a batch of padding."""
         return _int32([self._scratch] * batch), _int32([0] * batch)
 
 
-def _int32(values: Any) -> np.ndarray[Any, Any]:
+def decode_sizes(slots: int) -> tuple[int, ...]:
+    """Batch sizes of a decode step: 4 at least (on CPU one row costs as much as four), then doubling to `slots`."""
+    sizes = [4]
+    while sizes[-1] < slots:
+        sizes.append(min(2 * sizes[-1], slots))
+    return tuple(sizes)
+
+
+def _int32(values: Any) -> Ids:
     return np.fromiter(values, np.int32)
-
-
-def _common(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> int:
-    """Length of the longest common prefix."""
-    n = min(len(a), len(b))
-    differ = np.flatnonzero(a[:n] != b[:n])
-    return int(differ[0]) if len(differ) else n

@@ -37,7 +37,8 @@ from nexactor.learner.chat import (
     stable,
 )
 from nexactor.learner.generations import Generation, Generations
-from nexactor.learner.sampler import PromptTooLong, QueueFull, Sampler, SamplerClosed
+from nexactor.learner.sampler import Sampler
+from nexactor.learner.sampling import PromptTooLong, QueueFull, SamplerClosed
 from nexactor.learner.weights import Policy, load_policy
 
 logger = logging.getLogger(__name__)

@@ -12,15 +12,8 @@ import pytest
 
 from nexactor.events.errors import NexactorError
 from nexactor.learner.model import Config, Params, causal_attend, forward, init, logits
-from nexactor.learner.sampler import (
-    PromptTooLong,
-    QueueFull,
-    Sample,
-    Sampler,
-    SamplerClosed,
-    SampleRequest,
-    Ticket,
-)
+from nexactor.learner.sampler import Sampler
+from nexactor.learner.sampling import PromptTooLong, QueueFull, Sample, SamplerClosed, SampleRequest, Ticket
 
 CONFIG = Config(vocab=300, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, ff=64, max_positions=512)
 EOS = 299
