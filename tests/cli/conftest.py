@@ -67,3 +67,20 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, example_run: Callable[.
     )
     cli.write([first[0], second[0], *first[1:], *second[1:]])
     return cli
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of fetched policies that holds the tiny one."""
+    from nexactor.learner.tiny import make_tiny_policy
+
+    folder = tmp_path_factory.mktemp("cache")
+    make_tiny_policy(folder / "policies" / "tiny")
+    return folder
+
+
+@pytest.fixture
+def policy(cli: Cli, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """The command line with that cache."""
+    monkeypatch.setenv("NEXACTOR_CACHE", str(cache))
+    return cli
