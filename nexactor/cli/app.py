@@ -14,7 +14,7 @@ from rich.text import Text
 from nexactor.cli.context import Settings
 from nexactor.events.errors import NexactorError
 
-OPTIONS = ("--data", "--nats-url", "--namespace")
+OPTIONS = ("--data", "--nats-url", "--namespace", "--journal")
 FLAGS = ("--debug",)
 
 EXTRAS = {
@@ -127,6 +127,14 @@ def global_options(
     namespace: Annotated[
         str, typer.Option(envvar="NEXACTOR_NAMESPACE", help="Separates projects on one server.")
     ] = "default",
+    journal: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="NEXACTOR_JOURNAL",
+            metavar="DIR",
+            help="Keep ledgers of acknowledged appends (see verify).",
+        ),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Log everything; tracebacks for errors.")] = False,
 ) -> None:
     """Agents act, the log remembers, the policy learns.
@@ -134,7 +142,7 @@ def global_options(
     Global options may stand before or after the command. Exit codes: 0 fine, 1 the answer is no (a check failed),
     2 an error, 130 interrupted.
     """
-    context.obj = Settings(data, nats_url or None, namespace, debug)
+    context.obj = Settings(data, nats_url or None, namespace, debug, journal)
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",

@@ -21,12 +21,25 @@ T = TypeVar("T")
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """The global options. `url` is None for the embedded broker of the folder `data`."""
+    """The global options. `url` is None for the embedded broker of the folder `data`.
+
+    `journal` is a folder for ledgers of acknowledged appends, one file a process, which an audit holds against the log.
+    """
 
     data: Path = Path(".nexactor")
     url: str | None = None
     namespace: str = "default"
     debug: bool = False
+    journal: Path | None = None
+
+    def ledger(self, name: str) -> Path | None:
+        """The ledger of this process, a new file at every start; None where none is kept."""
+        if self.journal is None:
+            return None
+        from nexactor.events.ids import new_id
+
+        self.journal.mkdir(parents=True, exist_ok=True)
+        return self.journal / f"{name}-{new_id()[-12:]}.jsonl"
 
 
 def settings_of(context: typer.Context) -> Settings:
@@ -70,7 +83,7 @@ async def open_log(settings: Settings, *, must_exist: bool = True) -> AsyncItera
         )
     broker = await connect(data=settings.data, url=settings.url, namespace=settings.namespace)
     async with broker:
-        log = await JetStreamLog.open(broker)
+        log = await JetStreamLog.open(broker, journal=settings.ledger("cli"))
         try:
             yield log
         finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,12 +17,6 @@ from nexactor.cli.present import to_json
 def node(
     context: typer.Context,
     name: Annotated[str, typer.Option(help="Goes into the node's id.")] = "node",
-    journal: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Keep a ledger of acknowledged appends in this folder (see verify)."
-        ),
-    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Say that it is ready as one JSON line.")] = False,
 ) -> None:
     """Host agents: take runs from the inboxes, take over from nodes that died.
@@ -39,14 +32,12 @@ def node(
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        ledger = None
-        if journal is not None:
-            from nexactor.events.ids import new_id
-
-            journal.mkdir(parents=True, exist_ok=True)
-            ledger = journal / f"{name}-{new_id()[-12:]}.jsonl"
         async with System(
-            data=settings.data, url=settings.url, namespace=settings.namespace, name=name, journal=ledger
+            data=settings.data,
+            url=settings.url,
+            namespace=settings.namespace,
+            name=name,
+            journal=settings.ledger(name),
         ) as system:
             if json:
                 typer.echo(to_json({"ready": True, "node": system.node.id}))

@@ -73,7 +73,12 @@ async def _run(
     if not where.is_dir():
         raise ConfigError(f"--workspace {where}: there is no such folder")
     async with System(
-        data=settings.data, url=settings.url, namespace=settings.namespace, name="run", host=not detach
+        data=settings.data,
+        url=settings.url,
+        namespace=settings.namespace,
+        name="run",
+        host=not detach,
+        journal=settings.ledger("run"),
     ) as system:
         if tree is not None:
             started = await system.start(tree, task, workspace=where)

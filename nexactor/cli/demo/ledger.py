@@ -15,6 +15,7 @@ import msgspec
 
 from nexactor.events import types as ev
 from nexactor.events.cursor import START
+from nexactor.events.errors import LogError
 from nexactor.events.log import EventLog
 
 
@@ -50,6 +51,9 @@ async def audit(
     finished: Counter[str] = Counter()
     ended_calls: Counter[str] = Counter()
     ended_effects: Counter[str] = Counter()
+    sampled: set[str] = set()
+    changing: set[str] = set()
+    changed: set[str] = set()
     events = reattached = unknown = activations = splits = 0
     lengths: dict[str, int] = {}
     async for recorded in log.subscribe(START, follow=False):
@@ -64,11 +68,15 @@ async def audit(
                 ended_calls[call.call_id] += 1
                 reattached += call.reattached
                 if call.tokens is not None:
+                    sampled.add(call.call_id)
                     splits += call.tokens.prompt_keep < lengths.get(recorded.stream, 0)
                     kept, new = call.tokens.prompt_keep, len(call.tokens.prompt_ids) + len(call.tokens.ids)
                     lengths[recorded.stream] = kept + new // 4
+            case ev.ToolCallStarted() as tool if tool.repeat == "idempotent":
+                changing.add(tool.effect_id)
             case ev.ToolCallFinished() as tool:
                 ended_effects[tool.effect_id] += 1
+                changed |= changing & {tool.effect_id}
             case ev.ToolCallFailed() as tool:
                 ended_effects[tool.effect_id] += 1
                 unknown += tool.outcome_unknown
@@ -76,6 +84,15 @@ async def audit(
     applied: Counter[str] = Counter()
     for counts in effect_counts:
         applied.update(counts)
+    # A ledger that lacks what the log has would make its zero worthless.
+    for what, logged, ledger in (
+        ("policy server's answers", sampled, generation_counts.keys()),
+        ("tools' effects", changed, applied.keys()),
+    ):
+        if lacking := logged - ledger:
+            raise LogError(
+                f"the ledger of the {what} lacks {len(lacking)} that the log has, {min(lacking)} for one"
+            )
     wanted = set(runs)
     return Accounts(
         runs=len(finished),

@@ -114,13 +114,12 @@ class Demo:
             await asyncio.sleep(0.1)
 
     def _node(self, name: str) -> Child:
-        # Every start is a new node with a journal of its own: an acknowledged append is never overwritten.
-        return self._child(name, ["node", "--name", name, "--journal", str(self.out / "journals")])
+        return self._child(name, ["node", "--name", name])
 
     def _child(self, name: str, arguments: list[str]) -> Child:
         return Child(
             name,
-            ["--data", str(self.out / "data"), *arguments],
+            ["--data", str(self.out / "data"), "--journal", str(self.out / "journals"), *arguments],
             log=self.out / "logs" / f"{name}.log",
             env={"OPENAI_API_KEY": "none", "PYTHONUNBUFFERED": "1"},
         )
@@ -365,7 +364,7 @@ class Demo:
             self.system.log,
             runs=self.runs,
             append_journals=sorted((self.out / "journals").glob("*.jsonl")),
-            generation_counts=count_generations(self.out / "data" / "policy"),
+            generation_counts=count_generations(self.out / "data" / "policy" / "answers"),
             effect_counts=[count_applied(p) for p in sorted((self.out / "work").rglob("*.journal.jsonl"))],
         )
 
