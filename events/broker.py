@@ -312,7 +312,7 @@ class Broker:
                         self.nc.set_server_pool([address.url])
                 except BrokerError as error:
                     _log.warning("the embedded broker is down and cannot be started again yet: %s", error)
-                    await asyncio.sleep(0.5)
+                    await asyncio.sleep(0.25)
                     continue
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(0.1):

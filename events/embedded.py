@@ -159,7 +159,7 @@ class Embedded:
 
     async def _start(self, lock: int) -> Address:
         if self.child is not None:
-            self.child.poll()  # reaps the one that was killed
+            self.child.wait()  # it has let go of the lock, so it is all but gone: reap it
         binary = find_server()
         previous = read_address(self.data)
         port = _choose_port(previous.port if previous else None)

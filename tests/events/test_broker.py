@@ -210,6 +210,28 @@ async def test_a_server_killed_while_it_starts_is_started_again(
         await broker.api("INFO")
 
 
+async def test_a_server_that_cannot_be_started_again_is_tried_until_it_can(
+    data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries = 0
+
+    def vanished() -> str:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise BrokerError("no nats-server was found")
+        return find_server()
+
+    async with await connect(data=data) as broker:
+        monkeypatch.setattr(embedded, "find_server", vanished)
+        killed = kill_server(data)
+        assert killed is not None
+        await dead(data, killed)
+        await broker.api("INFO")
+    assert tries == 3
+    assert caplog.text.count("cannot be started again yet: no nats-server was found") == 2
+
+
 async def test_a_closed_connection_says_so_at_once(data: Path) -> None:
     async with await connect(data=data) as broker:
         pass

@@ -243,6 +243,22 @@ async def test_reading_falls_back_to_the_leader_when_a_replica_lags(
     assert await read(log) == ["1", "2"]
 
 
+async def test_an_append_that_the_server_has_no_room_for_is_an_error_with_its_reason(broker: Broker) -> None:
+    config = {
+        "subjects": [f"nx.{broker.namespace}.ev.0.>"],
+        "discard": "new",
+        "max_msgs": 1,
+        "storage": "file",
+    }
+    name = f"NX-{broker.namespace}-events-0"
+    await broker.api(f"STREAM.CREATE.{name}", {"name": name, **config})
+    log = await JetStreamLog.open(broker)
+    await log.append(A, fired("1"), expected_version=0)
+    with pytest.raises(LogError, match="refused to store a message: maximum messages exceeded"):
+        await log.append(A, fired("2"), expected_version=1)
+    assert await read(log) == ["1"]
+
+
 async def test_namespaces_do_not_see_each_other(broker: Broker, broker_data: Path, namespace: str) -> None:
     async with await connect(data=broker_data, namespace=f"{namespace}-2") as other:
         one, two = await JetStreamLog.open(broker), await JetStreamLog.open(other)
