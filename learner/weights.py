@@ -185,18 +185,13 @@ def _write(policy: Policy, folder: Path) -> None:
             one = value[layer].T if w.transpose else value[layer]
             tensors[w.hf_name.format(layer=layer)] = np.ascontiguousarray(one)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o666 & ~_umask())  # safetensors makes it readable by its owner only
     ids = {f"{n}_token_id": tokenizer.token_id(tokenizer.settings_token(n)) for n in ("bos", "eos", "pad")}
     eos = sorted(tokenizer.eos_ids)
     write_object(folder / "config.json", {**config_to_hf(config), **ids})
     write_object(folder / "generation_config.json", {**ids, "eos_token_id": eos, "_from_model_config": True})
     tokenizer.save(folder)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    # safetensors makes its file readable by its owner only: give it the mode of any other.
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
 def write_object(path: Path, value: dict[str, Any]) -> None:
