@@ -58,7 +58,9 @@ async def test_a_run_that_never_finished_is_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("entry", [{"version": 9}, {"hash": "00"}, {"stream": "agent/r2"}])
-async def test_an_acknowledged_append_that_the_log_lacks_is_lost(tmp_path: Path, entry: dict[str, Any]) -> None:
+async def test_an_acknowledged_append_that_the_log_lacks_is_lost(
+    tmp_path: Path, entry: dict[str, Any]
+) -> None:
     log = await _log()
     last = [r async for r in log.read("agent/r1")][-1]
     line = {"stream": "agent/r1", "version": last.version, "hash": last.hash.hex(), **entry}
@@ -79,6 +81,8 @@ async def test_an_effect_applied_twice_is_repeated(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["generation_counts", "effect_counts"])
-async def test_a_ledger_that_lacks_what_the_log_has_is_an_error_not_a_zero(tmp_path: Path, missing: str) -> None:
+async def test_a_ledger_that_lacks_what_the_log_has_is_an_error_not_a_zero(
+    tmp_path: Path, missing: str
+) -> None:
     with pytest.raises(LogError, match="ledger of the"):
         await _audit(tmp_path, await _log(), **{missing: {} if missing == "generation_counts" else []})

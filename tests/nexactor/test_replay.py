@@ -10,6 +10,7 @@ from nexactor.events import types as ev
 from nexactor.events.errors import LogError
 from nexactor.events.memory import MemoryLog
 from nexactor.replay import replay_run
+from nexactor.spec import load_stored_spec
 from nexactor.system import Agent, System
 from nexactor.testing import ScriptedModel, call
 from nexactor.tools import tool
@@ -72,6 +73,24 @@ async def test_one_altered_event_diverges_even_with_its_hashes_made_good(
 
     report = await replay_run(await _copy(system.log, run, change), run)
     assert not report.ok
+
+
+async def test_one_altered_word_of_the_prompt_diverges(system: System) -> None:
+    assert isinstance(system.log, MemoryLog)
+    run = await _run(system)
+    (started,) = [
+        r.event async for r in system.log.read(f"agent/{run}") if isinstance(r.event, ev.AgentStarted)
+    ]
+    spec = await load_stored_spec(system.log, started.spec)
+    other = msgspec.structs.replace(spec, system_prompt="Add!")
+    digest = await system.log.put_blob(msgspec.json.encode(other, order="deterministic"))
+
+    def change(event: ev.Event) -> ev.Event:
+        return msgspec.structs.replace(event, spec=digest) if isinstance(event, ev.AgentStarted) else event
+
+    report = await replay_run(await _copy(system.log, run, change), run)
+    assert report.divergence is not None
+    assert "Add!" in report.divergence.replayed
 
 
 async def test_other_agent_code_diverges_and_both_sides_are_shown(
