@@ -38,7 +38,7 @@ def render_tools(tools: Sequence[ToolSpec]) -> str:
         properties: dict[str, Any] = tool.parameters.get("properties", {})
         required = set(tool.parameters.get("required", ()))
         names = ", ".join(n if n in required else f"{n}?" for n in properties)
-        lines.append(f"- {tool.name}({names}): {tool.description.strip().splitlines()[0]}")
+        lines.append(f"- {tool.name}({names}): {(tool.description.strip().splitlines() or [''])[0]}")
     example = tools[0]
     arguments = dict.fromkeys(example.parameters.get("properties", {}), "...")
     lines.append("Call a tool by answering only, for example:")
