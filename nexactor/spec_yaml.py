@@ -106,7 +106,7 @@ def _load(
 
 def _tool(source: _Source, index: int, entry: ToolYaml) -> ToolEntry:
     try:
-        tool = load_tool(entry.binding)
+        tool = load_tool(entry.binding, beside=source.path.parent)
     except NexactorError as error:
         raise source.error(("tools", index, "binding"), str(error)) from error
     spec = msgspec.structs.replace(tool.spec, name=entry.name) if entry.name else tool.spec

@@ -32,13 +32,13 @@ async def _copy(log: MemoryLog, run: str, change: object) -> MemoryLog:
     """A log with the same blobs and events, but for one changed event (its chain recomputed: a patient forger)."""
     forged = MemoryLog()
     stream = f"agent/{run}"
-    events = [r.event async for r in log.read(stream)]
+    events = [change(r.event) async for r in log.read(stream)]  # type: ignore[operator]
     for event in events:
         if isinstance(event, ev.AgentStarted | ev.ModelCallStarted):
             digest = event.spec if isinstance(event, ev.AgentStarted) else event.tools
             await forged.put_blob(await log.get_blob(digest))
     for i, event in enumerate(events):
-        await forged.append(stream, [change(event)], expected_version=i)  # type: ignore[operator]
+        await forged.append(stream, [event], expected_version=i)
     return forged
 
 
