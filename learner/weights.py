@@ -6,6 +6,7 @@ loads in transformers, vLLM and SGLang.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -209,12 +210,24 @@ def folder_digest(folder: Path) -> str:
 
 
 def put_in_place(part: Path, folder: Path) -> None:
-    """Flush a finished folder to disk and rename it to its final name, in exchange for what is there."""
+    """Flush a finished folder to disk and rename it to its final name, in exchange for what is there.
+
+    Publish under a new name where a reader must never find nothing: between the two renames of an exchange the
+    old folder is gone and the new one not there yet.
+    """
     for path in part.iterdir():
         with path.open("rb") as f:
             os.fsync(f.fileno())
-    old = part.with_suffix(".old")
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    while True:
+        try:
+            part.rename(folder)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        old = part.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
+        try:
+            folder.rename(old)
+        except FileNotFoundError:
+            continue  # somebody else is replacing it too
+        shutil.rmtree(old, ignore_errors=True)
