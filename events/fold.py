@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Generic, TypeVar
 
 from nexactor.events.cursor import START, Cursor
@@ -58,7 +58,7 @@ class Projection(Generic[S]):
             self.cursor = head  # what the filter left out need not be read again
         return self.state
 
-    async def follow(self, log: EventLog) -> AsyncIterator[Recorded]:
+    async def follow(self, log: EventLog) -> AsyncGenerator[Recorded, None]:
         """Fold for ever; yields each event after it was folded, so that `state` already contains it."""
         events = log.subscribe(self.cursor, filter=self.filter)
         try:

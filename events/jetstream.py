@@ -12,7 +12,7 @@ import base64
 import json
 import os
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ class JetStreamLog:
             self._journal.add(stream, sealed.envelopes[-1].version, sealed.hashes[-1])
         return sealed.recorded(sequence)
 
-    async def read(self, stream: str, *, after: int = 0) -> AsyncIterator[Recorded]:
+    async def read(self, stream: str, *, after: int = 0) -> AsyncGenerator[Recorded, None]:
         """See EventLog."""
         check_address(stream)
         end = await self._tip(stream)
@@ -118,7 +118,7 @@ class JetStreamLog:
 
     async def subscribe(
         self, cursor: Cursor, *, filter: Filter = EVERYTHING, follow: bool = True
-    ) -> AsyncIterator[Recorded]:
+    ) -> AsyncGenerator[Recorded, None]:
         """See EventLog."""
         seen = cursor.positions[0]
         head = await self._last_sequence()

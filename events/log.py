@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol, runtime_checkable
 
 import msgspec
@@ -60,13 +60,13 @@ class EventLog(Protocol):
         """
         ...
 
-    def read(self, stream: str, *, after: int = 0) -> AsyncIterator[Recorded]:
+    def read(self, stream: str, *, after: int = 0) -> AsyncGenerator[Recorded, None]:
         """The events of one stream with version > `after`, up to now, in order; hashes checked (IntegrityError)."""
         ...
 
     def subscribe(
         self, cursor: Cursor, *, filter: Filter = EVERYTHING, follow: bool = True
-    ) -> AsyncIterator[Recorded]:
+    ) -> AsyncGenerator[Recorded, None]:
         """Events of all streams after `cursor`, in log order; waits for new ones unless `follow` is false.
 
         Without `follow` it ends at the head as it was when the call was made. Survives broker restarts.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
 from nexactor.events.cursor import Cursor, position, sequence_of
 from nexactor.events.envelope import Recorded, split_append
@@ -59,7 +59,7 @@ class MemoryLog:
         self._grown = asyncio.Event()
         return sealed.recorded(sequence)
 
-    async def read(self, stream: str, *, after: int = 0) -> AsyncIterator[Recorded]:
+    async def read(self, stream: str, *, after: int = 0) -> AsyncGenerator[Recorded, None]:
         """See EventLog."""
         tip = Tip()
         for sequence in list(self._streams.get(check_address(stream), ())):
@@ -71,7 +71,7 @@ class MemoryLog:
 
     async def subscribe(
         self, cursor: Cursor, *, filter: Filter = EVERYTHING, follow: bool = True
-    ) -> AsyncIterator[Recorded]:
+    ) -> AsyncGenerator[Recorded, None]:
         """See EventLog."""
         seen, head = cursor.positions[0], len(self.messages)
         if sequence_of(seen) > head:

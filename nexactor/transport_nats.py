@@ -274,9 +274,15 @@ class NatsTransport:
                 raise
 
     async def _publish(self, subject: str, data: bytes, headers: dict[str, str]) -> dict[str, Any]:
-        message = await self._broker.request(subject, data, headers=headers)
-        reply: dict[str, Any] = msgspec.json.decode(message.data)
-        return reply
+        from nexactor.events.broker import passes_by_itself
+
+        while True:
+            message = await self._broker.request(subject, data, headers=headers, attempt=5.0)
+            reply: dict[str, Any] = msgspec.json.decode(message.data)
+            error = reply.get("error")
+            if not error or not passes_by_itself(error.get("err_code", 0), error.get("code", 0)):
+                return reply
+            await asyncio.sleep(0.1)
 
     async def _message(self, stream: str, query: dict[str, Any]) -> tuple[int, bytes] | None:
         from nexactor.events.broker import ApiError

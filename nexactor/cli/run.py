@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -102,12 +103,13 @@ async def _watch(system: System, run: Run, console: Console) -> RunResult:
     from nexactor.events.types import RunFinished
     from nexactor.system import RunResult
 
-    async for recorded in system.log.subscribe(START, filter=Filter(run=run.id)):
-        line = describe(recorded, console.width)
-        if line is not None:
-            console.print(line)
-        if isinstance(recorded.event, RunFinished):
-            return RunResult(run.id, recorded.event.status, recorded.event.result)
+    async with aclosing(system.log.subscribe(START, filter=Filter(run=run.id))) as events:
+        async for recorded in events:
+            line = describe(recorded, console.width)
+            if line is not None:
+                console.print(line)
+            if isinstance(recorded.event, RunFinished):
+                return RunResult(run.id, recorded.event.status, recorded.event.result)
     raise ConfigError(f"the log ended before run {run.id} did: `nexactor run --resume {run.id}` goes on")
 
 

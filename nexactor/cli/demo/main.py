@@ -11,7 +11,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
 
@@ -309,24 +309,23 @@ class Demo:
     async def _watch_steps(self, began: float) -> None:
         """Follow the learner's own events until its last step; kill it once on the way."""
         total = self.plan.max_steps
-        stopped = False
-        async for recorded in self.system.log.subscribe(START, filter=Filter(run=LEARNER)):
-            event = recorded.event
-            if isinstance(event, PolicyPublished):
-                self.say(f"policy {event.version} published at step {event.step}")
-                if event.step >= total or stopped:
-                    return
-            if isinstance(event, LearnerStep):
-                loss = event.metrics.get("loss", 0.0)
-                self.tick(f"gradient steps (loss {loss:.3f})", event.step, total)
-                if event.step >= total * 0.35 and not self.kills["learner"]:
-                    await self._kill("learner", self._kill_learner)
-                elif time.monotonic() - began > self.plan.train_seconds and not stopped:
-                    stopped = True
-                    self.say("the time for training is up: the learner finishes its step")
-                    await self.learner.stop(grace=120)
-                    return
-            self.learner.check()
+        async with aclosing(self.system.log.subscribe(START, filter=Filter(run=LEARNER))) as events:
+            async for recorded in events:
+                self.learner.check()
+                match recorded.event:
+                    case PolicyPublished() as published:
+                        self.say(f"policy {published.version} published at step {published.step}")
+                        if published.step >= total:
+                            return
+                    case LearnerStep() as step:
+                        loss = step.metrics.get("loss", 0.0)
+                        self.tick(f"gradient steps (loss {loss:.3f})", step.step, total)
+                        if step.step >= total * 0.35 and not self.kills["learner"]:
+                            await self._kill("learner", self._kill_learner)
+                        elif time.monotonic() - began > self.plan.train_seconds:
+                            self.say("the time for training is up: the learner finishes its step")
+                            await self.learner.stop(grace=120)
+                            return
 
     async def _validate(self, outcomes: list[Outcome]) -> None:
         """Play training-split tasks nobody trains on whenever new weights are published: the curve's points.
