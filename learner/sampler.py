@@ -20,6 +20,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -87,6 +88,7 @@ class Sampler:
         self._cond = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
+        self._to_compile: collections.deque[Callable[[], None]] = collections.deque()
         self._programs: set[tuple[Any, ...]] = set()
         self._counts: collections.Counter[str] = collections.Counter()
         self._seconds = {"decode": 0.0, "prefill": 0.0}
@@ -164,11 +166,15 @@ class Sampler:
         try:
             while True:
                 with self._cond:
-                    while not (self._closed or self._waiting or self._prefilling or self._decoding):
+                    while not (self._closed or self._busy or self._to_compile):
                         self._cond.wait()
                     if self._closed:
                         return
-                self.step()
+                    busy = self._busy
+                if busy:
+                    self.step()
+                else:
+                    self._to_compile.popleft()()
         except BaseException as error:
             logger.exception("the sampler failed; requests are refused from now on")
             with self._cond:
@@ -176,6 +182,10 @@ class Sampler:
             failed = SamplerClosed(f"the sampler failed: {error!r}; restart the policy server")
             failed.__cause__ = error
             self._abandon(failed)
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._waiting or self._prefilling or self._decoding)
 
     def _abandon(self, error: NexactorError) -> None:
         with self._cond:
@@ -366,22 +376,43 @@ class Sampler:
         longest = int(starts.max())
         return next(w for w in self._windows if w >= longest)
 
-    def warm(self) -> None:
-        """Compile (or fetch from JAX's compilation cache) the programs that most requests need, before `start`."""
-        params, window = self._weights.params, self._window(_int32([0]))
+    def warm_when_idle(self) -> None:
+        """Let the worker compile (or fetch from JAX's compilation cache) the programs that most requests need
+        while it has nothing else to do: the sampler is ready at once, a request waits for one program at most."""
+        for size in self._decode_sizes:
+            self._to_compile.append(partial(self._compile_decode, size))
         for batch, sizes in self._prefill_sizes.items():
             for size in sizes:
-                rows = Rows(np.zeros((batch, size), np.int32), *self._nowhere(batch))
-                self._cache = prefill(params, self._cache, rows, config=self.config, window=window)
-                self._programs.add(("prefill", batch, size, window))
-        for size in self._decode_sizes:
-            rows = Rows(np.zeros((size, 1), np.int32), *self._nowhere(size))
-            dice = Dice(np.zeros((size, 2), np.uint32), np.zeros(size, np.float32), np.ones(size, np.float32))
-            self._cache, _, _ = decode(
-                params, self._cache, rows, dice, config=self.config, window=window, truncate=False
-            )
-            self._programs.add(("decode", size, window, False))
+                self._to_compile.append(partial(self._compile_prefill, batch, size))
+
+    def warm(self) -> None:
+        """The same, now; before `start`."""
+        self.warm_when_idle()
+        while self._to_compile:
+            self._to_compile.popleft()()
+
+    def _compile_prefill(self, batch: int, size: int) -> None:
+        rows = Rows(np.zeros((batch, size), np.int32), *self._nowhere(batch))
+        window = self._window(rows.start)
+        self._cache = prefill(self._weights.params, self._cache, rows, config=self.config, window=window)
         self._cache.k.block_until_ready()
+        self._programs.add(("prefill", batch, size, window))
+
+    def _compile_decode(self, size: int) -> None:
+        rows = Rows(np.zeros((size, 1), np.int32), *self._nowhere(size))
+        dice = Dice(np.zeros((size, 2), np.uint32), np.zeros(size, np.float32), np.ones(size, np.float32))
+        window = self._window(rows.start)
+        self._cache, ids, _ = decode(
+            self._weights.params,
+            self._cache,
+            rows,
+            dice,
+            config=self.config,
+            window=window,
+            truncate=False,
+        )
+        ids.block_until_ready()
+        self._programs.add(("decode", size, window, False))
 
     def _nowhere(self, batch: int) -> tuple[Ids, Ids]:
         """`rows` and `start` of a batch of padding."""

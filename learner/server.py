@@ -54,7 +54,8 @@ class PolicyServer:
     `data` is the server's own folder: kept answers, compiled programs. With `log`, the newest policy published there
     is served, from the start and as new ones come; `policy_path` is then what there is before the first.
     `version` names the weights at `policy_path` (default: the policy's name). `grace`: seconds that answers in
-    flight have at a stop. `port` 0 takes a free one; `url` says which.
+    flight have at a stop. `port` 0 takes a free one; `url` says which. `warm`: compile what most requests need
+    while there is nothing else to do, instead of when it is needed first.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class PolicyServer:
         return self._sampler.stats().version
 
     async def start(self) -> None:
-        """Take the port, load the policy, compile, serve. Raises NexactorError if any of it cannot be."""
+        """Take the port, load the policy, serve. Raises NexactorError if any of it cannot be."""
         started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._main = asyncio.create_task(self._run(started), name="policy-server")
         try:
@@ -222,7 +223,7 @@ class PolicyServer:
             queue=self._queue,
         )
         if self._warm:
-            sampler.warm()
+            sampler.warm_when_idle()
         return sampler
 
     # ---- requests -----------------------------------------------------------------------------------

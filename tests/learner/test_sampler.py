@@ -35,8 +35,9 @@ def params() -> Params:
 
 
 def sampler(params: Params, **options: Any) -> Sampler:
+    # One shape for all tests: each other one would be compiled anew.
     defaults: dict[str, Any] = {"version": "v1", "slots": 4, "max_len": 256, "chunk": 32}
-    return Sampler(params, CONFIG, text=text, eos_ids=frozenset({EOS}), **(defaults | options))
+    return Sampler(params, CONFIG, text=text, **(defaults | {"eos_ids": frozenset({EOS})} | options))
 
 
 @pytest.fixture
@@ -165,7 +166,7 @@ def test_samples_follow_the_policys_distribution(engine: Sampler, params: Params
 def test_an_end_token_ends_the_answer(params: Params) -> None:
     greedy = sample(sampler(params), temperature=0.0)
     end = greedy.ids[3]
-    engine = Sampler(params, CONFIG, text=text, eos_ids=frozenset({end}), slots=2, max_len=128, chunk=32)
+    engine = sampler(params, eos_ids=frozenset({end}))
     got = sample(engine, temperature=0.0)
     assert got.ids == greedy.ids[: greedy.ids.index(end) + 1]
     assert (got.finish_reason, got.ended) == ("stop", True)
@@ -214,17 +215,21 @@ def test_a_full_queue_refuses(params: Params) -> None:
 
 
 def test_cancelling_frees_the_slot_and_leaves_the_others_alone(params: Params) -> None:
-    engine = sampler(params, slots=2)
+    engine = sampler(params)
     expected = sample(sampler(params), PROMPT[:20], max_tokens=8, seed=1)
     long = engine.submit(SampleRequest(PROMPT, 150, seed=9))
     kept = engine.submit(SampleRequest(PROMPT[:20], 8, seed=1))
+    others = [engine.submit(SampleRequest((1, 2, i), 150)) for i in range(2)]
     waiting = engine.submit(SampleRequest((1, 2, 3), 2))
     engine.step()
-    assert engine.stats().active == 2
+    assert (engine.stats().active, engine.stats().waiting) == (4, 1)
     assert long.future.cancel()
     finish(engine, kept, waiting)
+    for ticket in others:
+        ticket.future.cancel()
+    engine.step()
     assert close(kept.future.result(), expected)
-    assert engine.stats().cancelled == 1
+    assert engine.stats().cancelled == 3
     assert engine.stats().active == 0
 
 
@@ -295,6 +300,15 @@ def test_a_failure_of_the_worker_reaches_those_who_wait(
     with pytest.raises(SamplerClosed, match="out of memory"):
         ticket.future.result(timeout=30)
     engine.stop()
+
+
+def test_an_idle_sampler_compiles_what_it_may_need(params: Params) -> None:
+    engine = sampler(params)
+    engine.warm_when_idle()
+    engine.start()
+    engine.submit(SampleRequest(PROMPT, 1)).future.result()
+    engine.stop()
+    assert engine.stats().compilations >= 3
 
 
 def test_after_warming_common_shapes_compile_no_more(params: Params) -> None:

@@ -232,11 +232,11 @@ async def test_unknown_paths_get_an_openai_error(client: openai.AsyncOpenAI) -> 
 
 
 async def test_a_full_queue_asks_to_come_back(folder: Path, tmp_path: Path) -> None:
-    server = make(folder, tmp_path, slots=1, queue=1)
+    server = make(folder, tmp_path, queue=1)
     await server.start()
     async with openai.AsyncOpenAI(base_url=server.url, api_key="none", max_retries=0) as client:
         results = await asyncio.gather(
-            *(ask(client, max_tokens=50) for _ in range(8)), return_exceptions=True
+            *(ask(client, max_tokens=50) for _ in range(12)), return_exceptions=True
         )
     await server.stop()
     refused = [r for r in results if isinstance(r, openai.RateLimitError)]
@@ -475,7 +475,7 @@ async def test_a_stop_lets_what_is_in_flight_finish(folder: Path, tmp_path: Path
 async def test_serve_runs_until_it_is_cancelled(folder: Path, tmp_path: Path) -> None:
     ready: asyncio.Future[PolicyServer] = asyncio.get_running_loop().create_future()
     task = asyncio.create_task(
-        serve(folder, port=0, data=tmp_path, max_len=128, slots=2, on_ready=ready.set_result)
+        serve(folder, port=0, data=tmp_path, max_len=256, slots=4, on_ready=ready.set_result)
     )
     server = await ready
     assert json.loads(await text_of(f"{root(server)}/readyz")) == {"ready": True}
