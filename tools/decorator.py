@@ -181,7 +181,9 @@ def _siblings(parent: str) -> tuple[list[str], list[str]]:
     """Folders searched for the modules of package `parent` ("": top level), and the module names found there."""
     if not parent:
         places = [p or str(Path.cwd()) for p in sys.path]
-        return places, [m.name for m in pkgutil.iter_modules(places)]
+        # Editable installs lie in no folder of the path, but what is imported has a name.
+        imported = {name.partition(".")[0] for name in sys.modules}
+        return places, sorted({m.name for m in pkgutil.iter_modules(places)} | imported)
     places = [str(p) for p in getattr(sys.modules.get(parent), "__path__", ())]
     if not places:
         return [f"{parent}, which is a module and not a package"], []
