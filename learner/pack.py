@@ -182,7 +182,8 @@ def _target_bucket(count: int, time: int) -> int:
 def visible_blocks(end: Ints) -> Ints:
     """For every block of queries, the blocks of keys that it sees, [blocks, width], padded with -1.
 
-    `width` is rounded up to a power of two (at most all blocks) so that packs share compiled steps.
+    `width` is rounded up to one of few sizes (2, 3, 4, 6, 8, 12, ... at most all blocks), so that packs share
+    compiled steps.
     """
     count = len(end) // BLOCK
     first = np.arange(count) * BLOCK
@@ -191,7 +192,8 @@ def visible_blocks(end: Ints) -> Ints:
     reach = end.reshape(count, BLOCK).max(axis=1)
     seen = (reach[None, :] > first[:, None]) & (np.arange(count)[None, :] <= np.arange(count)[:, None])
     widest = int(seen.sum(axis=1).max())
-    width = min(1 << (widest - 1).bit_length(), count)
+    power = 1 << (widest - 1).bit_length()
+    width = min(3 * power // 4 if widest <= 3 * power // 4 else power, count)
     out = np.full((count, width), -1, np.int32)
     for b in range(count):
         keys = np.flatnonzero(seen[b])
