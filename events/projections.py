@@ -125,9 +125,9 @@ def list_runs(runs: dict[str, RunSummary], recorded: Recorded) -> dict[str, RunS
 class Step(msgspec.Struct, frozen=True, omit_defaults=True):
     """Something an agent did, from the event that started it to the one that ended it.
 
-    `name` is the model, the tool or the sub-agent; `input` a tool's arguments or a sub-agent's task; `output` an
-    answer, a result or an error. `ended` and `end_index` are 0 while it is open. `agent` is the sub-agent's own tree.
-    `status` is open, ok, failed or unknown (a tool call whose outcome nobody knows).
+    `name` is the model (as it answered), the tool or the sub-agent; `input` a tool's arguments or a sub-agent's task;
+    `output` an answer, a result or an error. `ended` and `end_index` are 0 while it is open. `agent` is the sub-agent's
+    own tree. `status` is open, ok, failed or unknown (a tool call whose outcome nobody knows).
     """
 
     kind: Literal["model", "tool", "agent", "note"]
@@ -243,6 +243,7 @@ class _AgentFold:
                     completion_tokens=usage.completion_tokens,
                     policy_version=finished.policy_version,
                     finish_reason=finished.finish_reason,
+                    **({"name": finished.model} if finished.model else {}),
                     reattached=finished.reattached,
                     tool_calls=tuple(f"{c.name}({c.arguments})" for c in message.tool_calls),
                 )  # fmt: skip

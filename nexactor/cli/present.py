@@ -30,6 +30,11 @@ def one_line(text: str, width: int) -> str:
     return flat if len(flat) <= width else flat[: width - 1] + "…"
 
 
+def count(number: int, thing: str) -> str:
+    """`1 agent`, `2 agents`."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def seconds(nanoseconds: int) -> str:
     """A duration for people: 12 ms, 3.4 s, 2 m 05 s, 1 h 02 m."""
     s = nanoseconds / 1e9

@@ -14,7 +14,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from nexactor.cli.context import open_log, run_async, settings_of
-from nexactor.cli.present import STYLES, clock, one_line, seconds, shortest_prefixes, to_json
+from nexactor.cli.present import STYLES, clock, count, one_line, seconds, shortest_prefixes, to_json
 from nexactor.events.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def runs(
         return
     _print_table(shown, shortest_prefixes(found))
     if len(shown) < len(chosen):
-        Console().print(f"[dim]{len(chosen) - len(shown)} older runs; --limit shows more[/dim]")
+        Console().print(f"[dim]{count(len(chosen) - len(shown), 'older run')}; --limit shows more[/dim]")
 
 
 def _print_table(shown: Sequence[RunSummary], short: Mapping[str, str]) -> None:
@@ -154,16 +154,16 @@ def render_tree(tree: RunTree, now: int, *, width: int | None) -> Tree:
     title = Text(f"run {s.run} ", style="bold").append(s.status, style=STYLES.get(s.status, ""))
     facts = [
         seconds(s.duration(now)),
-        f"{s.events} events",
-        f"{s.agents} agents",
-        f"{s.model_calls} model calls",
-        f"{s.tool_calls + s.tool_calls_failed} tool calls",
+        count(s.events, "event"),
+        count(s.agents, "agent"),
+        count(s.model_calls, "model call"),
+        count(s.tool_calls + s.tool_calls_failed, "tool call"),
         f"{s.prompt_tokens:,} + {s.completion_tokens:,} tokens",
     ]
     if s.cached_tokens:
         facts.append(f"{s.cached_tokens:,} cached")
     if s.takeovers:
-        facts.append(f"{s.takeovers} takeovers")
+        facts.append(count(s.takeovers, "takeover"))
     title.append(f"\n{clock(s.started)}, " if s.started else "\n", style="dim").append(
         ", ".join(facts), style="dim"
     )

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from nexactor.cli.context import open_log, run_async, settings_of
-from nexactor.cli.present import to_json
+from nexactor.cli.present import count, to_json
 from nexactor.events.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -79,11 +79,9 @@ def stream(
                         if trajectory.position > seen:
                             write(trajectory)
                             spinner.update(f"{written} trajectories, {assembler.open_runs} runs open")
-        waiting = (
-            f"; {assembler.open_runs} runs have not ended or have no reward yet"
-            if assembler.open_runs
-            else ""
-        )
-        status.print(f"{written} trajectories{waiting}", style="dim", highlight=False)
+        done = "1 trajectory" if written == 1 else f"{written} trajectories"
+        open_runs = assembler.open_runs
+        waiting = f"; unfinished or without a reward: {count(open_runs, 'run')}" if open_runs else ""
+        status.print(f"{done}{waiting}", style="dim", highlight=False)
 
     run_async(read())

@@ -70,7 +70,7 @@ def test_show_prints_the_tree_with_indices_of_the_runs_total_order(cli: Any) -> 
     text = result.stdout
     assert f"run {cli.first} finished" in text
     for part in (
-        "16 events, 2 agents, 1 model calls, 1 tool calls, 20 + 5 tokens, 10 cached, 1 takeovers",
+        "16 events, 2 agents, 1 model call, 1 tool call, 20 + 5 tokens, 10 cached, 1 takeover",
         "1 agent lead",
         "4 model tiny",
         "20 + 5 tokens, 10 cached, policy v7",
@@ -125,7 +125,7 @@ def test_stream_writes_rewarded_runs_token_by_token(cli: Any) -> None:
 
 def test_stream_says_on_stderr_what_it_waits_for(cli: Any) -> None:
     result = cli("stream")
-    assert "1 trajectories; 1 runs have not ended or have no reward yet" in result.stderr
+    assert "1 trajectory; unfinished or without a reward: 1 run" in result.stderr
 
 
 def test_stream_goes_on_exactly_after_the_cursor_of_a_line(cli: Any) -> None:

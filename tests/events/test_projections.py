@@ -153,3 +153,13 @@ async def test_limits_approvals_and_compactions_are_notes_in_their_place() -> No
         "context compacted: 4 messages dropped",
     ]
     assert (root.status, root.result) == ("cancelled", "enough")
+
+
+async def test_a_model_call_is_named_after_the_model_that_answered() -> None:
+    asked = ev.ModelCallStarted(call_id="m", model="policy", keep=0, messages=(), tools="", prompt="")
+    answered = ev.ModelCallFinished(
+        call_id="m", message=Message("assistant", "hi"), finish_reason="stop", model="expert"
+    )
+    _, events = await recorded([("agent/r1", [asked]), ("agent/r1", [answered])])
+    root: Any = run_tree("r1", events).root
+    assert [s.name for s in root.steps] == ["expert"]
