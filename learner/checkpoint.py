@@ -115,4 +115,5 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _checksums(state: Any) -> tuple[int, ...]:
     """CRC-32 of every leaf's bytes: a gigabyte a second, and enough against damage (not against malice)."""
-    return tuple(zlib.crc32(np.ascontiguousarray(leaf).data) for leaf in jax.tree.leaves(state))
+    leaves = (np.ascontiguousarray(leaf).reshape(-1) for leaf in jax.tree.leaves(state))
+    return tuple(zlib.crc32(leaf.view(np.uint8)) for leaf in leaves)  # as bytes: bfloat16 has no buffer format
