@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from nexactor.learner.fetch import resolve_policy as resolve_policy
     from nexactor.learner.loop import run_learner as run_learner
     from nexactor.learner.model import Config as Config
+    from nexactor.learner.server import PolicyServer as PolicyServer
     from nexactor.learner.tiny import make_tiny_policy as make_tiny_policy
     from nexactor.learner.tokenizer import PolicyTokenizer as PolicyTokenizer
     from nexactor.learner.weights import Policy as Policy
@@ -25,6 +26,7 @@ _EXPORTS = {
     "Config": "nexactor.learner.model",
     "LearnerConfig": "nexactor.learner.config",
     "Policy": "nexactor.learner.weights",
+    "PolicyServer": "nexactor.learner.server",
     "PolicyTokenizer": "nexactor.learner.tokenizer",
     "load_learner_config": "nexactor.learner.config",
     "load_policy": "nexactor.learner.weights",

@@ -63,6 +63,14 @@ class _Place(msgspec.Struct, frozen=True):
     length: int
 
 
+class _Pending:
+    """An answer on its way to disk."""
+
+    def __init__(self, call_id: str, line: bytes, done: asyncio.Event) -> None:
+        self.call_id, self.line, self.done = call_id, line, done
+        self.error: Exception | None = None
+
+
 class _OnlyCallId(msgspec.Struct, frozen=True):
     call_id: str
 
@@ -84,8 +92,7 @@ class AnswerJournal:
         self._max_answers, self._max_bytes = max_answers, max_bytes
         self._places: OrderedDict[str, _Place] = OrderedDict()
         self._sizes: dict[int, int] = {}
-        self._pending: list[tuple[str, bytes]] = []
-        self._added = self._flushed = 0
+        self._pending: list[_Pending] = []
         self._turn = asyncio.Lock()
         self._disk = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +111,7 @@ class AnswerJournal:
             self._sizes[1] = 0
         self._current = max(self._sizes)
         self._current_lines = sum(p.segment == self._current for p in self._places.values())
-        self._file = (folder / _name(self._current)).open("ab")
+        self._file = (folder / _name(self._current)).open("ab", buffering=0)
         _sync_folder(folder)
 
     def __len__(self) -> int:
@@ -123,16 +130,31 @@ class AnswerJournal:
             return _decoder.decode(file.read(place.length))
 
     async def keep(self, answer: Answer) -> None:
-        """Write an answer; returns when it is on disk. Callers that come together share one fsync."""
-        self._pending.append((answer.call_id, _encoder.encode(answer) + b"\n"))
-        self._added += 1
-        ticket = self._added
+        """Write an answer; returns when it is on disk. Callers that come together share one fsync.
+
+        Raises OSError if the disk refuses; the answer is then not kept.
+        """
+        mine = _Pending(answer.call_id, _encoder.encode(answer) + b"\n", asyncio.Event())
+        self._pending.append(mine)
         async with self._turn:
-            if self._flushed >= ticket:
-                return
-            batch, self._pending = self._pending, []
-            await asyncio.to_thread(self._write, batch)
-            self._flushed += len(batch)
+            if not mine.done.is_set():
+                batch, self._pending = self._pending, []
+                await self._write_all(batch)
+        if mine.error is not None:
+            raise mine.error
+
+    async def _write_all(self, batch: list[_Pending]) -> None:
+        writing = asyncio.get_running_loop().run_in_executor(None, self._write, batch)
+        try:
+            await asyncio.wait([writing])
+        finally:
+            # A caller that is cancelled meanwhile must not leave the others of its batch in doubt.
+            while not writing.done():
+                await asyncio.wait([writing])
+            for pending in batch:
+                error = writing.exception()
+                pending.error = error if isinstance(error, Exception) else None
+                pending.done.set()
 
     def close(self) -> None:
         """Give the journal back."""
@@ -140,16 +162,22 @@ class AnswerJournal:
             self._file.close()
             self._lock_file.close()
 
-    def _write(self, batch: list[tuple[str, bytes]]) -> None:
+    def _write(self, batch: list[_Pending]) -> None:
         with self._disk:
-            offset = self._sizes[self._current]
-            self._file.write(b"".join(line for _, line in batch))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            for call_id, line in batch:
-                self._places[call_id] = _Place(self._current, offset, len(line))
-                self._places.move_to_end(call_id)
-                offset += len(line)
+            offset = start = self._sizes[self._current]
+            try:
+                rest = memoryview(b"".join(p.line for p in batch))
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+                os.fsync(self._file.fileno())
+            except OSError:
+                # Half a line must not stay in front of the next one.
+                os.ftruncate(self._file.fileno(), start)
+                raise
+            for pending in batch:
+                self._places[pending.call_id] = _Place(self._current, offset, len(pending.line))
+                self._places.move_to_end(pending.call_id)
+                offset += len(pending.line)
             self._sizes[self._current] = offset
             self._current_lines += len(batch)
             full = offset >= self._max_bytes // _SEGMENTS
@@ -162,7 +190,7 @@ class AnswerJournal:
         self._current += 1
         self._current_lines = 0
         self._sizes[self._current] = 0
-        self._file = (self._folder / _name(self._current)).open("ab")
+        self._file = (self._folder / _name(self._current)).open("ab", buffering=0)
         while len(self._sizes) > 1 and (
             len(self._places) > self._max_answers or sum(self._sizes.values()) > self._max_bytes
         ):

@@ -134,3 +134,32 @@ async def test_a_journal_has_one_owner(tmp_path: Path) -> None:
         AnswerJournal(tmp_path)
     journal.close()
     AnswerJournal(tmp_path).close()
+
+
+async def test_a_full_disk_is_told_to_all_who_wait_and_leaves_no_half_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = AnswerJournal(tmp_path)
+    await keep(journal, "a")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        results = await asyncio.gather(*(journal.keep(answer(i)) for i in "bc"), return_exceptions=True)
+    assert all(isinstance(r, OSError) for r in results)
+    await keep(journal, "d")
+    journal.close()
+    assert count_generations(tmp_path) == {"a": 1, "d": 1}
+
+
+async def test_a_caller_that_gives_up_does_not_take_the_others_along(tmp_path: Path) -> None:
+    journal = AnswerJournal(tmp_path)
+    tasks = [asyncio.create_task(journal.keep(answer(i))) for i in "abc"]
+    await asyncio.sleep(0)
+    tasks[0].cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert count_generations(tmp_path) == {"a": 1, "b": 1, "c": 1}
+    assert not tasks[1].cancelled()
+    journal.close()
