@@ -49,8 +49,27 @@ def settings_of(context: typer.Context) -> Settings:
 
 
 def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a command's coroutine; Ctrl-C cancels it and is raised once its task groups have ended."""
-    return asyncio.run(coroutine)
+    """Run a command's coroutine; Ctrl-C and SIGTERM cancel it and are raised once its task groups have ended."""
+
+    async def stoppable() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        terminated = False
+
+        def on_sigterm() -> None:
+            nonlocal terminated
+            terminated = True
+            task.cancel()
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, on_sigterm)
+        try:
+            return await coroutine
+        except asyncio.CancelledError:
+            if terminated:
+                raise typer.Exit(128 + signal.SIGTERM) from None
+            raise
+
+    return asyncio.run(stoppable())
 
 
 async def until_stopped(work: Coroutine[Any, Any, None]) -> None:

@@ -151,3 +151,31 @@ async def test_a_wrong_command_is_exit_code_2_and_one_screen(
     assert said in err
     assert "Traceback" not in err
     assert len(err.splitlines()) <= 21
+
+
+async def test_sigterm_ends_a_command_cleanly_and_the_demo_takes_its_processes_with_it(folder: Path) -> None:
+    from nexactor.learner.tiny import make_tiny_policy
+
+    make_tiny_policy(folder / "tiny")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "nexactor", "demo", "--minutes", "1", "--policy", "tiny", "--out", "out"),
+        cwd=folder,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    assert process.stdout is not None
+    while b"two nodes" not in await process.stdout.readline():
+        assert process.returncode is None
+    process.terminate()
+    rest = await process.stdout.read()
+    assert await process.wait() == 143
+    assert b"Traceback" not in rest
+    left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(folder / "out").encode() in _read(p)]
+    assert left == []
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""  # It ended in the meantime.
