@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -302,13 +303,16 @@ def test_a_failure_of_the_worker_reaches_those_who_wait(
     engine.stop()
 
 
-def test_an_idle_sampler_compiles_what_it_may_need(params: Params) -> None:
-    engine = sampler(params)
+def test_an_idle_sampler_compiles_what_it_may_need_and_answers_meanwhile(params: Params) -> None:
+    engine, all_done = sampler(params), threading.Event()
     engine.warm_when_idle()
+    engine._to_compile.append(all_done.set)
     engine.start()
-    engine.submit(SampleRequest(PROMPT, 1)).future.result()
+    engine.submit(SampleRequest(PROMPT, 1)).future.result(timeout=120)
+    assert all_done.wait(timeout=120)
     engine.stop()
-    assert engine.stats().compilations >= 3
+    kinds = [p[0] for p in engine._programs]
+    assert (kinds.count("decode"), kinds.count("prefill")) == (1, 4)
 
 
 def test_after_warming_common_shapes_compile_no_more(params: Params) -> None:
