@@ -16,6 +16,7 @@ from nexactor.events.errors import NexactorError
 from nexactor.events.memory import MemoryLog
 from nexactor.events.types import PolicyPublished
 from nexactor.learner.answers import count_generations, read_answers
+from nexactor.learner.generations import Generations
 from nexactor.learner.server import PolicyServer, serve
 from nexactor.learner.tiny import make_tiny_policy
 from nexactor.learner.weights import folder_digest
@@ -195,6 +196,50 @@ async def test_the_sdks_stream_helper_understands_it(client: openai.AsyncOpenAI)
     async with helper(model="tiny", messages=ASK, max_tokens=30, seed=1, stop=stop) as events:
         final = await events.get_final_completion()
     assert final.choices[0].message.content == text[: text.find(stop)]
+
+
+# ---- tool calls -----------------------------------------------------------------------------------------
+
+SAID = 'I look.\n<tool_call>{"name": "read_file", "arguments": {"path": "notes.txt"}}</tool_call>'
+
+
+@pytest.fixture
+def calling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a random policy samples reads as a tool call, nine characters a token."""
+    monkeypatch.setattr(Generations, "text", lambda self, ids: SAID[: 9 * len(ids)])
+
+
+@pytest.mark.usefixtures("calling")
+async def test_a_tool_call_is_native_and_its_id_is_the_calls(client: openai.AsyncOpenAI) -> None:
+    got = await ask(client, "t@1", tools=TOOLS, max_tokens=12)
+    message = got.choices[0].message
+    assert got.choices[0].finish_reason == "tool_calls"
+    assert message.content == "I look."
+    [tool_call] = message.tool_calls
+    assert (tool_call.id, tool_call.function.name) == ("t@1-0", "read_file")
+    assert json.loads(tool_call.function.arguments) == {"path": "notes.txt"}
+
+
+@pytest.mark.usefixtures("calling")
+async def test_a_streamed_tool_call_never_shows_in_the_text(client: openai.AsyncOpenAI) -> None:
+    chunks = await stream(client, "t@1", tools=TOOLS, max_tokens=12)
+    deltas = [c.choices[0].delta for c in chunks if c.choices]
+    assert "".join(d.content or "" for d in deltas) == "I look."
+    [tool_call] = [t for d in deltas for t in d.tool_calls or ()]
+    assert (tool_call.id, tool_call.index, tool_call.function.name) == ("t@1-0", 0, "read_file")
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "tool_calls"
+
+
+@pytest.mark.usefixtures("calling")
+async def test_a_tools_result_continues_the_ids_of_the_call(client: openai.AsyncOpenAI) -> None:
+    first = await ask(client, "t@1", tools=TOOLS, max_tokens=12, extra_body=IDS)
+    message = first.choices[0].message.model_dump(exclude_none=True, exclude={"refusal"})
+    result = {"role": "tool", "tool_call_id": "t@1-0", "content": "12 lines"}
+    second = await ask(
+        client, "t@2", previous="t@1", tools=TOOLS, messages=[*ASK, message, result], extra_body=IDS
+    )
+    before = [*first.prompt_token_ids, *first.choices[0].token_ids]
+    assert second.prompt_token_ids[: len(before)] == before
 
 
 # ---- errors ---------------------------------------------------------------------------------------------
