@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _READ = Filter(kinds=("agent", "annotation"), types=TRAJECTORY_TYPES)
-_RETRY = 1.0
+RETRY = 1.0
 """Seconds before the log is asked again after it did not answer."""
 
 
@@ -158,7 +158,7 @@ class Feed:
                 return
             except LogUnavailable as error:
                 logger.warning("the log cannot be read now (%s); trying again", error)
-                await asyncio.sleep(_RETRY)
+                await asyncio.sleep(RETRY)
 
     async def _accept(self, trajectory: Trajectory, assembler: TrajectoryAssembler) -> Accepted | None:
         for digest in tool_digests(trajectory, self._tokenizer.name) - self._tools.keys():
@@ -185,7 +185,7 @@ async def patiently(call: Callable[[], Awaitable[T]]) -> T:
             return await call()
         except LogUnavailable as error:
             logger.warning("the log cannot be read now (%s); trying again", error)
-            await asyncio.sleep(_RETRY)
+            await asyncio.sleep(RETRY)
 
 
 async def _take(runs: AsyncIterator[Accepted], count: int) -> list[Accepted]:

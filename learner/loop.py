@@ -41,6 +41,8 @@ Progress = Callable[[dict[str, Any]], None]
 
 _AHEAD = 2
 """Batches that may wait for the trainer; the reader stops when they do."""
+RETRY = 1.0
+"""Seconds before an append is tried again after the log did not answer."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,7 @@ class _Learner:
                 break
             except LogUnavailable as error:
                 logger.warning("the log does not take step %d now (%s); trying again", self.step + 1, error)
-                await asyncio.sleep(1.0)
+                await asyncio.sleep(RETRY)
                 now = await patiently(lambda: _history(self.log, self.stream))
                 if now.version == expected + len(events) and _same(now, events):
                     break
