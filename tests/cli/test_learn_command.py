@@ -12,6 +12,11 @@ from typing import Any
 
 import pytest
 
+pytestmark = [
+    pytest.mark.usefixtures("orbax_leftovers"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
 TRAIN = """
 policy: {policy}
 out: {out}

@@ -14,9 +14,18 @@ from nexactor.events.errors import ConfigError
 from nexactor.events.trajectory import AssemblerState
 from nexactor.learner.checkpoint import Checkpoints, Place, Saved
 
+pytestmark = [
+    pytest.mark.usefixtures("orbax_leftovers"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
 
 def a_state(value: float = 1.0) -> dict[str, Any]:
-    return {"w": jnp.full((8, 4), value, jnp.float32), "b": jnp.full((4,), value, jnp.bfloat16), "step": jnp.int32(value)}
+    return {
+        "w": jnp.full((8, 4), value, jnp.float32),
+        "b": jnp.full((4,), value, jnp.bfloat16),
+        "step": jnp.int32(value),
+    }
 
 
 def a_place(step: int) -> Saved:

@@ -323,6 +323,11 @@ from nexactor.events.jetstream import JetStreamLog
 from nexactor.learner.config import LearnerConfig
 from nexactor.learner.loop import run_learner
 
+pytestmark = [
+    pytest.mark.usefixtures("orbax_leftovers"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
 async def main(data, namespace, config):
     async with await connect(data=Path(data), namespace=namespace) as broker:
         log = await JetStreamLog.open(broker)
