@@ -14,13 +14,12 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import msgspec
 import numpy as np
 
 from nexactor.events.cursor import Cursor
-from nexactor.events.envelope import Recorded
 from nexactor.events.errors import LogUnavailable
 from nexactor.events.log import EventLog, Filter
 from nexactor.events.messages import ToolSpec
@@ -146,7 +145,7 @@ class Feed:
         while True:
             try:
                 stored = self._log.subscribe(Cursor((seen,)), filter=_READ, follow=self._config.follow)
-                async with aclosing(cast(AsyncGenerator[Recorded, None], stored)) as events:
+                async with aclosing(stored) as events:
                     async for recorded in events:
                         if until and recorded.position > until:
                             return

@@ -31,6 +31,8 @@ from nexactor.learner.checkpoint import Checkpoints, Place, Saved
 from nexactor.learner.config import LearnerConfig
 from nexactor.learner.feed import Batch, Feed, patiently
 from nexactor.learner.fetch import resolve_policy
+from nexactor.learner.model import Config
+from nexactor.learner.tokenizer import PolicyTokenizer
 from nexactor.learner.train import StepMetrics, Trainer, TrainState, default_buckets
 from nexactor.learner.weights import Policy, folder_digest, load_policy, save_policy
 
@@ -85,8 +87,7 @@ async def run_learner(
     """
     # One thread for all device work: steps, checkpoints and exports never overlap, the loop stays responsive.
     with ThreadPoolExecutor(1, "learner") as thread:
-        policy = await _in(thread, lambda: load_policy(resolve_policy(config.policy)))
-        learner = await _start(config, log, policy, thread)
+        learner = await _start(config, log, thread)
         try:
             async with asyncio.TaskGroup() as tasks:
                 queue: asyncio.Queue[Batch | None] = asyncio.Queue(_AHEAD)
@@ -105,10 +106,11 @@ async def run_learner(
         )
 
 
-async def _start(config: LearnerConfig, log: EventLog, policy: Policy, thread: Executor) -> _Learner:
+async def _start(config: LearnerConfig, log: EventLog, thread: Executor) -> _Learner:
     """Restore the last checkpoint, or begin; read what the log has of this learner."""
     out = await _in(thread, lambda: Path(config.out).expanduser().absolute())
     checkpoints = Checkpoints(out / "checkpoints", config.keep)
+    policy = await _in(thread, lambda: load_policy(resolve_policy(config.policy)))
     buckets = config.buckets or default_buckets(config.data.max_tokens)
     trainer = Trainer(policy.config, config.optimizer, buckets=buckets, remat=config.remat)
     like = jax.eval_shape(lambda params: trainer.init(params, config.seed), policy.params)
@@ -145,7 +147,8 @@ async def _start(config: LearnerConfig, log: EventLog, policy: Policy, thread: E
         config=config,
         log=log,
         thread=thread,
-        policy=policy,
+        model=policy.config,
+        tokenizer=policy.tokenizer,
         trainer=trainer,
         checkpoints=checkpoints,
         out=out,
@@ -167,7 +170,8 @@ class _Learner:
     config: LearnerConfig
     log: EventLog
     thread: Executor
-    policy: Policy
+    model: Config
+    tokenizer: PolicyTokenizer
     trainer: Trainer
     checkpoints: Checkpoints
     out: Path
@@ -232,7 +236,7 @@ class _Learner:
         known = self.history.published.get(step)
         if known is not None and (step < max(self.history.published) or await self._intact(known)):
             return []
-        policy = Policy(self.state.params, self.policy.config, self.policy.tokenizer, version)
+        policy = Policy(self.state.params, self.model, self.tokenizer, version)
         digest = await _in(self.thread, lambda: save_policy(policy, folder))
         await _in(self.thread, lambda: _prune(folder.parent, self.config.keep))
         if known is not None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -177,3 +178,13 @@ def default_buckets(max_tokens: int) -> tuple[int, ...]:
     """Pack lengths that hold samples of up to `max_tokens`: steps of an eighth of the largest, in whole blocks."""
     largest = -(-max(max_tokens, 8 * BLOCK) // (8 * BLOCK)) * 8 * BLOCK
     return tuple(largest // 8 * i for i in range(1, 9))
+
+
+def keep_compiled(folder: Path) -> None:
+    """Keep compiled steps in `folder`, so that a learner that starts again does not compile again.
+
+    For the whole process, hence for a program's main function to decide. A cache that was set already stays.
+    """
+    settings: Any = jax.config  # not typed
+    if settings.jax_compilation_cache_dir is None:
+        settings.update("jax_compilation_cache_dir", str(folder))

@@ -35,8 +35,10 @@ def run(
     one ends it at once. The file's keys are those of `LearnerConfig` in learner/config.py.
     """
     from nexactor.learner.config import load_learner_config
+    from nexactor.learner.train import keep_compiled
 
     learner = load_learner_config(config)
+    keep_compiled(Path(learner.out).expanduser().absolute() / "compiled")
     console = Console(stderr=json, highlight=False, soft_wrap=True)
     result = run_async(_learn(context, learner, console, json))
     if json:

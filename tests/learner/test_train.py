@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +14,7 @@ from nexactor.learner.data import Sample
 from nexactor.learner.model import Config, init
 from nexactor.learner.pack import BLOCK
 from nexactor.learner.rules import OptimizerConfig
-from nexactor.learner.train import Trainer, default_buckets, make_optimizer, schedule
+from nexactor.learner.train import Trainer, default_buckets, keep_compiled, make_optimizer, schedule
 
 CONFIG = Config(vocab=64, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, ff=24)
 
@@ -101,3 +104,15 @@ def test_default_buckets_hold_the_longest_sample_in_whole_blocks() -> None:
     buckets = default_buckets(2000)
     assert buckets[-1] >= 2000
     assert all(b % BLOCK == 0 for b in buckets)
+
+
+def test_compiled_steps_are_kept_where_told_unless_the_user_chose_a_place(tmp_path: Path) -> None:
+    settings: Any = jax.config
+    before = settings.jax_compilation_cache_dir
+    try:
+        settings.update("jax_compilation_cache_dir", None)
+        keep_compiled(tmp_path / "a")
+        keep_compiled(tmp_path / "b")
+        assert settings.jax_compilation_cache_dir == str(tmp_path / "a")
+    finally:
+        settings.update("jax_compilation_cache_dir", before)
