@@ -43,6 +43,11 @@ from nexactor.learner.rules import DataRules, OptimizerConfig
 from nexactor.learner.tiny import make_tiny_policy
 from nexactor.learner.weights import load_policy
 
+pytestmark = [
+    pytest.mark.usefixtures("orbax_leftovers"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
 TOOLS = (ToolSpec("add", "Add two numbers.", {"type": "object", "properties": {"a": {}, "b": {}}}),)
 
 
@@ -322,11 +327,6 @@ from nexactor.events.broker import connect
 from nexactor.events.jetstream import JetStreamLog
 from nexactor.learner.config import LearnerConfig
 from nexactor.learner.loop import run_learner
-
-pytestmark = [
-    pytest.mark.usefixtures("orbax_leftovers"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
 
 async def main(data, namespace, config):
     async with await connect(data=Path(data), namespace=namespace) as broker:
