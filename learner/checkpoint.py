@@ -116,4 +116,6 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 def _checksums(state: Any) -> tuple[int, ...]:
     """CRC-32 of every leaf's bytes: a gigabyte a second, and enough against damage (not against malice)."""
     leaves = (np.ascontiguousarray(leaf).reshape(-1) for leaf in jax.tree.leaves(state))
-    return tuple(zlib.crc32(leaf.view(np.uint8).data) for leaf in leaves)  # as bytes: bfloat16 has no buffer format
+    return tuple(
+        zlib.crc32(leaf.view(np.uint8).data) for leaf in leaves
+    )  # as bytes: bfloat16 has no buffer format
