@@ -67,4 +67,5 @@ def draw_curve(
 
 
 def _errors(rates: list[Rate]) -> list[list[float]]:
-    return [[100 * (r.rate - r.low) for r in rates], [100 * (r.high - r.rate) for r in rates]]
+    # A bound of 0 or 1 may miss the rate by a rounding error, which is no negative length.
+    return [[100 * max(0.0, r.rate - r.low) for r in rates], [100 * max(0.0, r.high - r.rate) for r in rates]]
