@@ -140,11 +140,15 @@ class ModelCallFinished(Event, frozen=True):
 
 
 class ModelCallFailed(Event, frozen=True):
-    """The endpoint gave no usable answer after all retries."""
+    """The endpoint gave no usable answer after all retries.
+
+    `infra` is false where the policy itself is the cause, as with a conversation that outgrew the model's context.
+    """
 
     call_id: str
     error: str
     attempts: int = 1
+    infra: bool = True
 
 
 class ReasoningStep(Event, frozen=True):

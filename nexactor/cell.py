@@ -28,6 +28,7 @@ class Cell:
         self.actor: Actor | None = None
         self.wake = asyncio.Event()
         self.fenced = False
+        self.closed = False
         self._served = 0
         self._mailbox: deque[Delivery] = deque()
         self._waiter: asyncio.Future[None] | None = None
@@ -42,9 +43,9 @@ class Cell:
     def put(self, delivery: Delivery) -> None:
         """Enqueue past the bound check (the caller made it)."""
         self._mailbox.append(delivery)
-        if self._waiter is not None:
-            self._waiter.set_result(None)
-            self._waiter = None
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     def offer(self, delivery: Delivery) -> None:
         """Enqueue, or raise MailboxFull."""
@@ -54,25 +55,40 @@ class Cell:
             )
         self.put(delivery)
 
-    async def put_waiting(self, delivery: Delivery) -> None:
-        """Enqueue, waiting while the mailbox is full."""
-        while self.full:
-            space = asyncio.get_running_loop().create_future()
+    async def put_waiting(self, delivery: Delivery) -> bool:
+        """Enqueue, waiting while the mailbox is full. False if the cell ended in the meantime."""
+        while self.full and not self.closed:
+            space: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._space.append(space)
-            await space
+            try:
+                await space
+            except asyncio.CancelledError:
+                if not space.cancelled():
+                    self._wake_sender()  # The room was offered to a sender that left: it is the next one's.
+                raise
+        if self.closed:
+            return False
         self.put(delivery)
+        return True
+
+    def waiting(self) -> list[Any]:
+        """The messages in the mailbox, oldest first."""
+        return [d.message for d in self._mailbox]
 
     async def _next(self) -> Delivery:
         while not self._mailbox:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         delivery = self._mailbox.popleft()
+        self._wake_sender()
+        return delivery
+
+    def _wake_sender(self) -> None:
         while self._space:
             space = self._space.popleft()
             if not space.done():
                 space.set_result(None)
-                break
-        return delivery
+                return
 
     # ---- life ---------------------------------------------------------------------------------------------
 
@@ -87,6 +103,10 @@ class Cell:
                     if not self._mailbox:
                         return
                 except ExceptionGroup as group:
+                    task = asyncio.current_task()
+                    if task is not None and task.cancelling():
+                        # The node is stopping; what an actor's task raised on its way out must not hide that.
+                        raise asyncio.CancelledError from group
                     if (conflict := group.subgroup(VersionConflict)) is not None:
                         log.warning("%s left this node: %s", self.address, _text(conflict))
                         self.fenced = True
@@ -113,7 +133,15 @@ class Cell:
             await actor.on_activated()
             pump = scope.create_task(self._pump(actor)) if self.cls.keeps_state else None
             while not actor._stopping:
-                await self._handle(actor, await self._next())
+                delivery = await self._next()
+                try:
+                    await self._handle(actor, delivery)
+                except LogUnavailable:
+                    if delivery.answer is None and delivery.inbound is None:
+                        self._mailbox.appendleft(
+                            delivery
+                        )  # The actor's own word, an effect's end say: keep it.
+                    raise
                 self._served += 1
             # Whatever the actor spawned ends with it: no task outlives its scope.
             for task in list(actor._tasks):
@@ -164,6 +192,10 @@ class Cell:
             log.error("%s could not record its failure: %s", self.address, last)
 
     def _fail_waiting(self) -> None:
+        self.closed = True
+        for space in self._space:
+            if not space.done():
+                space.set_result(None)
         for delivery in self._mailbox:
             if delivery.answer is not None and not delivery.answer.done():
                 delivery.answer.set_exception(ActorFailed(f"{self.address} stopped before it answered"))

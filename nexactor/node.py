@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -35,6 +35,8 @@ from nexactor.wire import (
 log = logging.getLogger("nexactor.node")
 
 SWEEP_S = 1.0
+_MOVED = "Moved"
+"""The reply of a node that does not host the actor any more: the sender looks it up again."""
 _ERRORS: dict[str, type[NexactorError]] = {
     c.__name__: c for c in (ActorFailed, AskTimeout, BadMessage, MailboxFull)
 }
@@ -85,9 +87,11 @@ class Node:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.transport.leave()
-        for task in self._tasks:
-            task.cancel()
+        try:
+            await self.transport.leave()
+        finally:
+            for task in self._tasks:
+                task.cancel()
         # The body's own error, if any, goes on by itself rather than inside an exception group.
         await self._scope.__aexit__(None, None, None)
 
@@ -106,7 +110,8 @@ class Node:
         """See ActorRef.tell."""
         where = await self.locate(address)
         if where == self.id:
-            await self._cell(address).put_waiting(Delivery(message))
+            while not await self._cell(address).put_waiting(Delivery(message)):
+                pass  # That activation ended while we waited for room: the next one takes it.
         else:
             await self.transport.tell(where, encode(Letter(address, type(message).__name__, encode(message))))
 
@@ -114,14 +119,20 @@ class Node:
         self, address: str, message: msgspec.Struct, *, timeout: float, reply: type | None = None
     ) -> Any:
         """See ActorRef.ask."""
-        where = await self.locate(address)
-        if where == self.id:
-            return await self._ask_here(self._cell(address), message, timeout)
         letter = Letter(address, type(message).__name__, encode(message), deadline=time.time() + timeout)
-        answer = decode_reply(await self.transport.ask(where, encode(letter), timeout))
-        if answer.ok:
-            return decode_value(answer.body, reply)
-        raise _ERRORS.get(answer.type, ActorFailed)(decode_value(answer.body, str))
+        while True:
+            where = await self.locate(address)
+            if where == self.id:
+                return await self._put_ask(self._cell(address), message, timeout)
+            left = letter.deadline - time.time()
+            if left <= 0:
+                raise AskTimeout(f"{address} did not answer within {timeout:g} s")
+            answer = decode_reply(await self.transport.ask(where, encode(letter), left))
+            if answer.ok:
+                return decode_value(answer.body, reply)
+            if answer.type != _MOVED:
+                raise _ERRORS.get(answer.type, ActorFailed)(decode_value(answer.body, str))
+            self._stations.pop(address, None)
 
     async def command(self, address: str, message: msgspec.Struct, *, id: str, avoid: str = "") -> None:
         """See ActorRef.command. `avoid` names a node that a new actor should not land on if another can take it."""
@@ -165,15 +176,14 @@ class Node:
         self._stations[address] = placed
         return placed
 
-    async def _ask_here(self, cell: Cell, message: Any, timeout: float) -> Any:
+    def _put_ask(self, cell: Cell, message: Any, timeout: float) -> Awaitable[Any]:
+        """Into the mailbox now; what is returned gives the answer, or AskTimeout."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()
         cell.offer(Delivery(message, answer, loop.time() + timeout))
         timer = loop.call_later(timeout, _expire, answer, cell.address, timeout)
-        try:
-            return await answer
-        finally:
-            timer.cancel()
+        answer.add_done_callback(lambda _: timer.cancel())
+        return answer
 
     # ---- hosting ------------------------------------------------------------------------------------------
 
@@ -201,20 +211,24 @@ class Node:
             except NexactorError as error:
                 log.warning("%s stays placed here: %s", cell.address, error)
 
-    async def _on_ask(self, data: bytes) -> bytes:
+    async def _on_ask(self, data: bytes) -> Awaitable[bytes]:
         try:
             letter = decode_letter(data)
             left = letter.deadline - time.time() if letter.deadline else 60.0
+            if await self._elsewhere(letter.to):
+                return _reply(Reply(False, _MOVED, encode("")))
             cell = self._cell(letter.to)
-            message = decode_message(cell.cls.accepts, letter.type, letter.body)
-            value = await self._ask_here(cell, message, left)
-            return encode(Reply(True, "", encode(value)))
+            answer = self._put_ask(cell, decode_message(cell.cls.accepts, letter.type, letter.body), left)
         except NexactorError as error:
-            return encode(Reply(False, type(error).__name__, encode(str(error))))
+            return _reply(Reply(False, type(error).__name__, encode(str(error))))
+        return _answered(answer)
 
     async def _on_tell(self, data: bytes) -> None:
         try:
             letter = decode_letter(data)
+            if where := await self._elsewhere(letter.to):
+                await self.transport.tell(where, data)
+                return
             cell = self._cell(letter.to)
             cell.offer(Delivery(decode_message(cell.cls.accepts, letter.type, letter.body)))
         except NexactorError as error:
@@ -222,9 +236,26 @@ class Node:
 
     async def _on_wake(self, address: str) -> None:
         try:
-            self._cell(check_address(address)).wake.set()
+            if where := await self._elsewhere(check_address(address)):
+                await self.transport.wake(where, address)
+                return
+            self._cell(address).wake.set()
         except NexactorError as error:
             log.warning("a wake-up was refused: %s", error)
+
+    async def _elsewhere(self, address: str) -> str:
+        """The node that an actor is on, if not this one: a sender may know an old place, and activating the actor
+        here would fence its true owner in the middle of its work."""
+        if address in self._cells:
+            return ""
+        self._stations.pop(address, None)
+        where = await self.locate(address)
+        return "" if where == self.id else where
+
+    def waiting(self, address: str) -> list[Any]:
+        """What waits in the mailbox of an actor that is active here."""
+        cell = self._cells.get(address)
+        return cell.waiting() if cell is not None else []
 
     # ---- taking over --------------------------------------------------------------------------------------
 
@@ -244,6 +275,17 @@ class Node:
                 cell.wake.set()  # A wake-up may have been lost with a connection.
             elif kind_of(address) in self.classes and await self.locate(address) == self.id:
                 self._cell(address).wake.set()
+
+
+async def _reply(reply: Reply) -> bytes:
+    return encode(reply)
+
+
+async def _answered(answer: Awaitable[Any]) -> bytes:
+    try:
+        return encode(Reply(True, "", encode(await answer)))
+    except NexactorError as error:
+        return encode(Reply(False, type(error).__name__, encode(str(error))))
 
 
 def _expire(answer: asyncio.Future[Any], address: str, timeout: float) -> None:

@@ -55,8 +55,6 @@ async def roll_out(
         async with gate:
             run = new_run_id()
             workspace = await anyio.to_thread.run_sync(environment.reset, task, root / run)
-            if on_start is not None:
-                on_start(task, run)
             started = await system.start(
                 agent,
                 task.prompt,
@@ -70,6 +68,8 @@ async def roll_out(
                     **labels,
                 },
             )
+            if on_start is not None:
+                on_start(task, run)
             result = await started.wait()
             outcome, event = await _score(environment, task, run, workspace, result.status, result.result)
             await _annotate(system, run, event)
@@ -89,8 +89,8 @@ async def _score(
     if not fault:
         try:
             score = await anyio.to_thread.run_sync(environment.score, task, workspace, answer)
-        except EnvironmentFault as error:
-            fault = str(error)
+        except Exception as error:  # An environment's bug is its own, and says nothing about the policy.
+            fault = str(error) if isinstance(error, EnvironmentFault) else f"{type(error).__name__}: {error}"
         else:
             event = RewardAssigned(
                 run=run, reward=score.reward, source=f"{environment.name}/checker", parts=dict(score.parts)

@@ -22,6 +22,14 @@ from nexactor.events.messages import ToolSpec
 _VARIABLE = re.compile(r"\$\{env\.([A-Za-z_][A-Za-z0-9_]*)(?::([^}]*))?\}")
 
 
+NAME_RULE = "the name of a sub-agent is a tool's name: letters, digits, '_' and '-' only"
+
+
+def valid_name(name: str) -> bool:
+    """Whether a sub-agent may be called so: its name is part of addresses and a tool's name for models."""
+    return re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None
+
+
 class LLMConfig(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """The endpoint and how to sample from it. `timeout` is in seconds, for one request.
 
@@ -56,11 +64,15 @@ class LLMConfig(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_
 
 
 class ToolEntry(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A tool of an agent: what the model sees, where its code is, what a recovery may repeat."""
+    """A tool of an agent: what the model sees, where its code is, what a recovery may repeat.
+
+    `beside` is a folder to import the binding from first: that of the agent's file, for tools that lie next to it.
+    """
 
     spec: ToolSpec
     binding: str
     repeat: str = "never"
+    beside: str = ""
 
 
 class SubAgentEntry(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -12,7 +12,16 @@ import msgspec
 import yaml
 
 from nexactor.events.errors import ConfigError, NexactorError
-from nexactor.spec import AgentSpec, LLMConfig, SpecTree, SubAgentEntry, ToolEntry, expand_env
+from nexactor.spec import (
+    NAME_RULE,
+    AgentSpec,
+    LLMConfig,
+    SpecTree,
+    SubAgentEntry,
+    ToolEntry,
+    expand_env,
+    valid_name,
+)
 from nexactor.tools import load_tool
 
 
@@ -80,6 +89,9 @@ def _load(
         child = _load(target, env, specs, (*above, resolved))
         subs.append(SubAgentEntry(entry.name, child.description, child.digest))
     names = [t.spec.name for t in tools] + [s.name for s in subs]
+    for i, sub in enumerate(subs):
+        if not valid_name(sub.name):
+            raise source.error(("sub_agents", i, "name"), f"{sub.name!r}: {NAME_RULE}")
     for name in names:
         if names.count(name) > 1:
             raise source.error(
@@ -105,12 +117,15 @@ def _load(
 
 
 def _tool(source: _Source, index: int, entry: ToolYaml) -> ToolEntry:
+    folder = source.path.parent.resolve()
+    top = entry.binding.partition(":")[0].partition(".")[0]
+    beside = folder if (folder / f"{top}.py").is_file() or (folder / top).is_dir() else None
     try:
-        tool = load_tool(entry.binding, beside=source.path.parent)
+        tool = load_tool(entry.binding, beside=beside)
     except NexactorError as error:
         raise source.error(("tools", index, "binding"), str(error)) from error
     spec = msgspec.structs.replace(tool.spec, name=entry.name) if entry.name else tool.spec
-    return ToolEntry(spec, entry.binding, entry.repeat or tool.repeat)
+    return ToolEntry(spec, entry.binding, entry.repeat or tool.repeat, str(beside) if beside else "")
 
 
 def _prompt(source: _Source, config: AgentYaml) -> str:
@@ -131,7 +146,7 @@ def _prompt(source: _Source, config: AgentYaml) -> str:
                     text
                 )
                 text = template.render(**config.context)
-            except jinja2.TemplateError as error:
+            except Exception as error:  # A template can raise whatever its expressions raise.
                 raise source.error(("system_prompt",), f"the template {file}: {error}") from error
     return text.rstrip("\n") + config.system_prompt_suffix
 
@@ -150,14 +165,16 @@ class _Source:
         try:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
             self.value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            if node is not None:
+                self._walk(node, ())
+        except RecursionError as error:
+            raise ConfigError(f"{path}: an anchor of this file contains itself: remove the alias") from error
+        except (yaml.YAMLError, ValueError) as error:
             mark = getattr(error, "problem_mark", None)
             line = f":{mark.line + 1}" if mark is not None else ""
             raise ConfigError(
                 f"{path}{line}: this is not YAML: {getattr(error, 'problem', error)}"
             ) from error
-        if node is not None:
-            self._walk(node, ())
         if not isinstance(self.value, dict):
             raise ConfigError(
                 f"{path}:1: an agent file is a mapping of keys (name, system_prompt, llm_config, ...)"
@@ -167,6 +184,10 @@ class _Source:
         self.lines.setdefault(at, node.start_mark.line + 1)
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
+                if (*at, str(key.value)) in self.lines:
+                    raise self.error(
+                        (*at, str(key.value)), f"stands twice, again in line {key.start_mark.line + 1}"
+                    )
                 self.lines[(*at, str(key.value))] = key.start_mark.line + 1
                 self._walk(value, (*at, str(key.value)))
         elif isinstance(node, yaml.SequenceNode):
@@ -183,7 +204,8 @@ class _Source:
     def convert(self, env: Mapping[str, str] | None) -> AgentYaml:
         value = self._expand(self.value, (), env)
         try:
-            return msgspec.convert(value, AgentYaml)
+            # strict=False: an expanded ${env.N} is text, also where a number is meant.
+            return msgspec.convert(value, AgentYaml, strict=False)
         except msgspec.ValidationError as error:
             message, _, where = str(error).partition(" - at `")
             at = _path(where.rstrip("`"))

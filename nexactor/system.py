@@ -15,12 +15,12 @@ from nexactor.agent.model import ModelClient
 from nexactor.agent.shell import AgentActor, CancelAgent, StartAgent
 from nexactor.events.cursor import START
 from nexactor.events.envelope import Recorded
-from nexactor.events.errors import ConfigError, NexactorError
+from nexactor.events.errors import ConfigError
 from nexactor.events.ids import new_run_id
 from nexactor.events.log import EventLog, Filter
 from nexactor.events.types import RunFinished
 from nexactor.node import Node
-from nexactor.spec import AgentSpec, LLMConfig, SpecTree, SubAgentEntry, ToolEntry
+from nexactor.spec import NAME_RULE, AgentSpec, LLMConfig, SpecTree, SubAgentEntry, ToolEntry, valid_name
 from nexactor.spec_yaml import load_spec
 from nexactor.tools import Tool
 from nexactor.transport import Transport
@@ -47,6 +47,9 @@ class Agent:
         stop_tools: Sequence[str] = (),
         max_iterations: int = 100,
     ) -> None:
+        for sub in sub_agents:
+            if not valid_name(sub.spec.name):
+                raise ConfigError(f"agent {sub.spec.name!r}: {NAME_RULE}")
         self.tools = tuple(tools)
         self.sub_agents = tuple(sub_agents)
         self.spec: AgentSpec = AgentSpec(
@@ -132,6 +135,7 @@ class System:
         self._stack = AsyncExitStack()
         self._waiting: dict[str, asyncio.Future[RunResult]] = {}
         self._watcher: asyncio.Task[None] | None = None
+        self._watching = asyncio.Lock()
         self.local_tools: dict[str, Tool] = {}
         self.broker: Broker | None = None
         self.log: EventLog
@@ -225,9 +229,10 @@ class System:
     # ---- one follower of the log serves all waiting runs ----------------------------------------------------
 
     async def _watch(self, run: str) -> asyncio.Future[RunResult]:
-        if self._watcher is None:
-            head = await self.log.head()
-            self._watcher = asyncio.get_running_loop().create_task(self._follow(head))
+        async with self._watching:
+            if self._watcher is None or self._watcher.done():
+                head = await self.log.head()
+                self._watcher = asyncio.get_running_loop().create_task(self._follow(head))
         if run not in self._waiting:
             self._waiting[run] = asyncio.get_running_loop().create_future()
         return self._waiting[run]
@@ -236,7 +241,7 @@ class System:
         try:
             async for recorded in self.log.subscribe(head, filter=Filter(types=(RunFinished.__name__,))):
                 self._ended(recorded)
-        except NexactorError as error:
+        except Exception as error:
             for future in self._waiting.values():
                 if not future.done():
                     future.set_exception(error)

@@ -32,7 +32,8 @@ class Inbound(msgspec.Struct, frozen=True):
     command: Command
 
 
-AskHandler = Callable[[bytes], Awaitable[bytes]]
+AskHandler = Callable[[bytes], Awaitable[Awaitable[bytes]]]
+"""Takes a letter in (in the order of arrival, tells among them), and gives what to await for its reply."""
 TellHandler = Callable[[bytes], Awaitable[None]]
 WakeHandler = Callable[[str], Awaitable[None]]
 

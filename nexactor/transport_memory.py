@@ -1,4 +1,5 @@
-"""An in-memory network of nodes in one process, for tests and simulation. Same semantics as NATS, same bytes."""
+"""An in-memory network of nodes in one process, for tests and simulation. Same bytes as over NATS; a repeated
+command id is recognised for ever, not for two minutes only."""
 
 from __future__ import annotations
 
@@ -63,7 +64,7 @@ class MemoryTransport:
             raise AskTimeout(f"node {node} is gone")
         try:
             async with asyncio.timeout(timeout):
-                return await station.ask(letter)
+                return await (await station.ask(letter))
         except TimeoutError:
             raise AskTimeout(f"no reply from node {node} within {timeout:g} s") from None
 
@@ -101,4 +102,5 @@ class MemoryTransport:
         return self._net.places[address]
 
     async def unplace(self, address: str) -> None:
-        self._net.places.pop(address, None)
+        if self._net.places.get(address) == self._id:
+            del self._net.places[address]

@@ -1,8 +1,8 @@
 """The transport over NATS: core subjects between nodes, JetStream for inboxes and placements.
 
-Subjects, below `nx.<namespace>`: `hb`, `bye`, `who` membership; `node.<id>.ask|tell|wake` letters;
-`inbox.<run>.<kind>.<rest>` durable commands (stream NX-<namespace>-inbox); `place.<run>.<kind>.<rest>` where an
-actor is (stream NX-<namespace>-places).
+Subjects, below `nx.<namespace>`: `hb`, `bye`, `who` membership; `node.<id>.letter.ask|tell` letters;
+`node.<id>.wake` hints; `inbox.<run>.<kind>.<rest>` durable commands (stream NX-<namespace>-inbox);
+`place.<run>.<kind>.<rest>` where an actor is (stream NX-<namespace>-places).
 """
 
 from __future__ import annotations
@@ -64,17 +64,20 @@ class NatsTransport:
         self._info = info
         nc = self._broker.nc
 
-        async def on_ask(message: Any) -> None:
-            async def answer() -> None:
-                await nc.publish(message.reply, await ask(message.data))
+        async def on_letter(message: Any) -> None:
+            # One subscription for tells and asks: what one sender sent first is in the mailbox first.
+            if not message.subject.endswith(".ask"):
+                await tell(message.data)
+                return
+            reply = await ask(message.data)
 
-            # Handlers run beside each other: one slow actor must not hold up the node's other letters.
+            async def answer() -> None:
+                await nc.publish(message.reply, await reply)
+
+            # Replies are awaited beside each other: one slow actor must not hold up the node's other letters.
             task = asyncio.get_running_loop().create_task(answer())
             self._answering.add(task)
             task.add_done_callback(self._answering.discard)
-
-        async def on_tell(message: Any) -> None:
-            await tell(message.data)
 
         async def on_wake(message: Any) -> None:
             await wake(message.data.decode(errors="replace"))
@@ -90,8 +93,7 @@ class NatsTransport:
 
         mine = f"{self._base}.node.{info.id}"
         for subject, handler in (
-            (f"{mine}.ask", on_ask),
-            (f"{mine}.tell", on_tell),
+            (f"{mine}.letter.*", on_letter),
             (f"{mine}.wake", on_wake),
             (f"{self._base}.hb", on_beat),
             (f"{self._base}.bye", on_goodbye),
@@ -171,7 +173,9 @@ class NatsTransport:
         import nats.errors
 
         try:
-            reply = await self._broker.nc.request(f"{self._base}.node.{node}.ask", letter, timeout=timeout)
+            reply = await self._broker.nc.request(
+                f"{self._base}.node.{node}.letter.ask", letter, timeout=timeout
+            )
         except nats.errors.NoRespondersError:
             raise AskTimeout(f"node {node} is gone") from None
         except (TimeoutError, nats.errors.Error) as error:
@@ -179,7 +183,7 @@ class NatsTransport:
         return bytes(reply.data)
 
     async def tell(self, node: str, letter: bytes) -> None:
-        await self._broker.nc.publish(f"{self._base}.node.{node}.tell", letter)
+        await self._broker.nc.publish(f"{self._base}.node.{node}.letter.tell", letter)
 
     async def wake(self, node: str, address: str) -> None:
         await self._broker.nc.publish(f"{self._base}.node.{node}.wake", address.encode())

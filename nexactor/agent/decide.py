@@ -55,6 +55,7 @@ class Fail(msgspec.Struct, frozen=True):
     """The agent cannot go on."""
 
     error: str
+    infra: bool
 
 
 Effect = CallModel | CallTool | CallAgent | Finish | Fail
@@ -65,11 +66,11 @@ def decide(state: AgentState) -> tuple[Effect, ...]:
     if state.status != "running" or state.pending:
         return ()
     if state.error:
-        return (Fail(state.error),)
+        return (Fail(state.error, state.infra),)
     if state.stop_result is not None:
         return (Finish(state.stop_result, "stop_tool"),)
     if state.calls:
-        return tuple(_call(state, i, c) for i, c in enumerate(state.calls) if c.id not in state.results)
+        return _calls(state)
     if state.answer is not None:
         return (Finish(state.answer, "answer"),)
     if state.iterations >= state.spec.max_iterations:
@@ -120,7 +121,7 @@ def start_events(state: AgentState, effect: Effect) -> tuple[ev.Event, ...]:
             end: ev.Event = ev.AgentFinished(result=effect.result, reason=effect.reason)
             return (end, *_run_end(state, "finished", effect.result))
         case Fail():
-            end = ev.AgentFailed(error=effect.error, infra=True)
+            end = ev.AgentFailed(error=effect.error, infra=effect.infra)
             return (end, *_run_end(state, "failed", effect.error))
 
 
@@ -128,14 +129,25 @@ def _run_end(state: AgentState, status: str, result: str) -> tuple[ev.Event, ...
     return () if state.parent else (ev.RunFinished(status=status, result=result),)
 
 
-def _call(state: AgentState, ordinal: int, call: ToolCall) -> Effect:
+def _calls(state: AgentState) -> tuple[Effect, ...]:
+    """One effect a call of the last answer. Children are numbered in the order in which the agent calls them."""
+    effects: list[Effect] = []
+    children = state.children
+    for ordinal, call in enumerate(state.calls):
+        effect = _call(state, ordinal, call, children + 1)
+        children += isinstance(effect, CallAgent)
+        effects.append(effect)
+    return tuple(effects)
+
+
+def _call(state: AgentState, ordinal: int, call: ToolCall, child_number: int) -> Effect:
     effect_id = f"{state.address}@{state.version}.{ordinal}"
     for sub in state.spec.sub_agents:
         if sub.name == call.name:
             message = _message_of(call)
             if message is None or state.depth + 1 > MAX_DEPTH:
                 break
-            child = _child(state.address, f"{sub.name}-{state.children + ordinal + 1}")
+            child = _child(state.address, f"{sub.name}-{child_number}")
             return CallAgent(effect_id, call, child, sub.spec, message)
     repeat = next((t.repeat for t in state.spec.tools if t.spec.name == call.name), "safe")
     return CallTool(effect_id, call, repeat)

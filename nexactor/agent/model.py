@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -27,11 +27,12 @@ REASONING_CHUNK = 2000
 
 
 class ModelError(NexactorError):
-    """The endpoint gave no usable answer; `attempts` requests were sent."""
+    """The endpoint gave no usable answer; `attempts` requests were sent. `infra`: see ModelCallFailed."""
 
-    def __init__(self, text: str, attempts: int) -> None:
+    def __init__(self, text: str, attempts: int, *, infra: bool = True) -> None:
         super().__init__(text)
         self.attempts = attempts
+        self.infra = infra
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -104,7 +105,8 @@ class ModelClient:
                     attempts += raw.retries_taken
                     body = msgspec.json.decode(raw.content)
             except openai.APIStatusError as error:
-                raise ModelError(_refused(config, error), attempts) from error
+                too_long = error.code == "context_length_exceeded"
+                raise ModelError(_refused(config, error), attempts, infra=not too_long) from error
             except openai.APIConnectionError as error:
                 raise ModelError(
                     f"the endpoint {client.base_url} did not answer after {config.max_retries + 1} tries: "
@@ -164,8 +166,8 @@ def _answer(body: dict[str, Any], attempts: int, previous: bytes, endpoint: str)
         message = Message(
             "assistant",
             said.get("content") or "",
-            tool_calls=tuple(
-                ToolCall(c["id"], c["function"]["name"], c["function"]["arguments"] or "{}")
+            tool_calls=_unique(
+                ToolCall(c["id"] or "call", c["function"]["name"], c["function"]["arguments"] or "{}")
                 for c in said.get("tool_calls") or ()
             ),
             reasoning=said.get("reasoning_content") or said.get("reasoning") or "",
@@ -190,6 +192,16 @@ def _answer(body: dict[str, Any], attempts: int, previous: bytes, endpoint: str)
         raise ModelError(
             f"the endpoint {endpoint} answered in another shape than chat completions: {error!r}", attempts
         ) from error
+
+
+def _unique(calls: Iterable[ToolCall]) -> tuple[ToolCall, ...]:
+    """Calls with different ids: some endpoints give several calls of an answer the same one."""
+    seen: dict[str, int] = {}
+    out = []
+    for c in calls:
+        n = seen[c.id] = seen.get(c.id, -1) + 1
+        out.append(msgspec.structs.replace(c, id=f"{c.id}-{n}") if n else c)
+    return tuple(out)
 
 
 def _trace(body: dict[str, Any], choice: dict[str, Any], previous: bytes) -> TokenTrace | None:

@@ -86,6 +86,8 @@ class AgentActor(Actor):
         super().__init__(node, address)
         self._start: Inbound | None = None
         self._tools: dict[str, Tool] = {}
+        self._cancelled = False
+        self._refused = False
 
     async def recover(self) -> None:
         """As every actor; but the spec that the fold needs is fetched when AgentStarted names it."""
@@ -103,7 +105,11 @@ class AgentActor(Actor):
 
     def evolve(self, state: AgentState | None, event: ev.Event) -> AgentState | None:
         # Before AgentStarted there is no spec to decide with; what comes before it only counts as versions.
-        return None if state is None else evolve(state, event)
+        if state is None:
+            self._cancelled = self._cancelled or isinstance(event, ev.AgentCancelled)
+            self._refused = self._refused or isinstance(event, ev.AgentCancelled | ev.AgentFailed)
+            return None
+        return evolve(state, event)
 
     @property
     def meta(self) -> Meta:
@@ -118,7 +124,8 @@ class AgentActor(Actor):
         """Raises NexactorError if a tool does not import on this node."""
         local: dict[str, Tool] = self.node.services.get("tools", {})
         for entry in spec.tools:
-            self._tools[entry.spec.name] = local.get(entry.binding) or load_tool(entry.binding)
+            beside = Path(entry.beside) if entry.beside else None
+            self._tools[entry.spec.name] = local.get(entry.binding) or load_tool(entry.binding, beside=beside)
 
     # ---- messages -----------------------------------------------------------------------------------------
 
@@ -131,8 +138,11 @@ class AgentActor(Actor):
         except NexactorError as error:
             await self._fail(str(error))
             return
+        # An end that the log could not take a moment ago still waits in the mailbox: that effect is done.
+        queued = {m.effect_id for m in self.node.waiting(self.address) if isinstance(m, _Ended)}
         for pending in self.state.pending.values():
-            self.spawn(self._resume(pending))
+            if pending.effect_id not in queued:
+                self.spawn(self._resume(pending))
         await self._step()
 
     async def receive_command(self, message: Any, inbound: Inbound) -> None:
@@ -169,15 +179,19 @@ class AgentActor(Actor):
                     await self._step(*message.events)
                     await self._wind_up()
             case ev.ReasoningStep():
-                await self._step(message)
+                if self.state and message.call_id in self.state.pending:
+                    await self._step(message)
             case AgentStatus():
                 s = self.state
-                return {
+                status = {
                     "version": self.version,
                     "status": s.status if s else "new",
                     "iterations": s.iterations if s else 0,
                     "pending": list(s.pending) if s else [],
                 }
+                if s is None or s.ended:
+                    self.stop()  # Looking does not keep it here.
+                return status
         return None
 
     async def on_given_up(self, error: str) -> None:
@@ -187,11 +201,38 @@ class AgentActor(Actor):
         for inbound in await self.node.transport.pending(self.address, 0):
             if inbound.command.type == StartAgent.__name__:
                 self._start = inbound
+                if self.state is None:
+                    start = msgspec.msgpack.decode(inbound.command.body, type=StartAgent)
+                    await self._refuse(start, "failed", error)
         await self._wind_up()
+
+    async def _refuse(self, start: StartAgent, status: str, reason: str) -> None:
+        """End an agent that never began: its spec cannot be used, or it was cancelled before its start came."""
+        if not self._refused:
+            end: ev.Event = (
+                ev.AgentCancelled(reason=reason)
+                if status == "cancelled"
+                else ev.AgentFailed(error=reason, infra=True)
+            )
+            run: tuple[ev.Event, ...] = ()
+            if not start.parent:
+                began = ev.RunStarted(task=start.input, spec=start.spec, agent="", labels=start.labels)
+                run = (began, ev.RunFinished(status=status, result=reason))
+            await self.record(end, *run)
+        if start.parent:
+            await self._tell_parent(start.parent, start.parent_effect, status, reason)
+        if self._start is not None:
+            await self.done_with(self._start)
+        self.stop()
 
     # ---- steps --------------------------------------------------------------------------------------------
 
     async def _begin(self, start: StartAgent, inbound: Inbound) -> None:
+        if self._refused:
+            await self._refuse(
+                start, "cancelled" if self._cancelled else "failed", "it was ended before it began"
+            )
+            return
         spec = await load_stored_spec(self.node.log, start.spec)
         self._use(spec)
         received = ev.MessageReceived(
@@ -214,8 +255,7 @@ class AgentActor(Actor):
         try:
             self._load_tools(spec)
         except NexactorError as error:
-            await self.record(received, *run, began)
-            await self._fail(str(error))
+            await self.record(received, *run, began, *self._failure(str(error), root=not start.parent))
             return
         await self._step(received, *run, began)
 
@@ -239,28 +279,41 @@ class AgentActor(Actor):
             task.cancel()
         if state.parent:
             result = state.answer if state.status == "finished" else state.error
-            await self.node.command(
-                state.parent,
-                SubAgentEnded(state.parent_effect, state.status, result or ""),
-                id=f"{self.address}#ended",
-            )
+            await self._tell_parent(state.parent, state.parent_effect, state.status, result or "")
         if self._start is not None:
             await self.done_with(self._start)
         self.stop()
 
+    async def _tell_parent(self, parent: str, effect_id: str, status: str, result: str) -> None:
+        await self.node.command(parent, SubAgentEnded(effect_id, status, result), id=f"{self.address}#ended")
+
+    def _failure(self, error: str, *, root: bool) -> tuple[ev.Event, ...]:
+        end = (ev.RunFinished(status="failed", result=error),) if root else ()
+        return (ev.AgentFailed(error=error, infra=True), *end)
+
     async def _fail(self, error: str) -> None:
         assert self.state is not None
-        end = () if self.state.parent else (ev.RunFinished(status="failed", result=error),)
-        await self.record(ev.AgentFailed(error=error, infra=True), *end)
+        await self._cancel_children("its parent failed")
+        await self.record(*self._failure(error, root=not self.state.parent))
 
     async def _cancel(self, reason: str) -> None:
-        if self.state is None or self.state.ended:
+        if self.state is None:
+            # Its start may still be on the way: the event is the mark that will refuse it.
+            await self.record(ev.AgentCancelled(reason=reason))
+            self.stop()
             return
-        children = [p.child for p in self.state.pending.values() if p.child]
+        if self.state.ended:
+            return
+        await self._cancel_children(reason)
         end = () if self.state.parent else (ev.RunFinished(status="cancelled", result=reason),)
         await self.record(ev.AgentCancelled(reason=reason), *end)
-        for child in children:
-            await self.node.command(child, CancelAgent(reason), id=f"{child}#cancel")
+
+    async def _cancel_children(self, reason: str) -> None:
+        """Before the own end is recorded: after a crash in between, the end is found missing and all this repeats."""
+        assert self.state is not None
+        for pending in self.state.pending.values():
+            if pending.child:
+                await self.node.command(pending.child, CancelAgent(reason), id=f"{pending.child}#cancel")
 
     # ---- effects ------------------------------------------------------------------------------------------
 
@@ -278,7 +331,7 @@ class AgentActor(Actor):
         """An effect that the former owner started and did not end."""
         match pending.kind:
             case "model":
-                await self._call_model(pending.effect_id)
+                await self._call_model(pending.effect_id, before=1)
             case "agent":
                 assert self.state is not None
                 spec = next(s.spec for s in self.state.spec.sub_agents if s.name == pending.name)
@@ -303,7 +356,8 @@ class AgentActor(Actor):
     def _end(self, effect_id: str, *events: ev.Event) -> None:
         self.post(_Ended(effect_id, events))
 
-    async def _call_model(self, call_id: str) -> None:
+    async def _call_model(self, call_id: str, before: int = 0) -> None:
+        """`before` counts the requests that a former owner is known to have begun for this call."""
         assert self.state is not None
         state = self.state
         client: ModelClient = self.node.services["model"]
@@ -326,7 +380,12 @@ class AgentActor(Actor):
                 on_reasoning=on_reasoning,
             )
         except ModelError as error:
-            self._end(call_id, ev.ModelCallFailed(call_id=call_id, error=str(error), attempts=error.attempts))
+            self._end(
+                call_id,
+                ev.ModelCallFailed(
+                    call_id=call_id, error=str(error), attempts=before + error.attempts, infra=error.infra
+                ),
+            )
             return
         reasoning = answer.message.reasoning
         steps = (
@@ -343,7 +402,7 @@ class AgentActor(Actor):
                 model=answer.model,
                 policy_version=answer.policy_version,
                 tokens=answer.tokens,
-                attempts=answer.attempts,
+                attempts=before + answer.attempts,
                 reattached=answer.reattached,
                 duration_ns=time.monotonic_ns() - began,
             ),

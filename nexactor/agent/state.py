@@ -54,6 +54,7 @@ class AgentState(msgspec.Struct, frozen=True):
     tokens: bytes = b""
     answer: str | None = None
     error: str = ""
+    infra: bool = True
     stop_result: str | None = None
 
     @property
@@ -90,7 +91,7 @@ def evolve(state: AgentState, event: ev.Event) -> AgentState:
         case ev.ModelCallFinished():
             return _answered(state, event)
         case ev.ModelCallFailed():
-            return replace(_without(state, event.call_id), error=event.error)
+            return replace(_without(state, event.call_id), error=event.error, infra=event.infra)
         case ev.ToolCallStarted():
             pending = Pending(
                 "tool", event.effect_id, event.tool_call_id, event.name, event.arguments, event.repeat
@@ -110,12 +111,11 @@ def evolve(state: AgentState, event: ev.Event) -> AgentState:
         case ev.ToolCallFailed():
             return _ended(state, event.effect_id, event.tool_call_id, f"error: {event.error}")
         case ev.SubAgentFinished():
-            text = (
-                event.result
-                if event.status == "finished"
-                else f"error: {event.name} {event.status}: {event.result}"
-            )
-            return _ended(state, event.effect_id, event.tool_call_id, text)
+            ok = event.status == "finished"
+            text = event.result if ok else f"error: {event.name} {event.status}: {event.result}"
+            ended = _ended(state, event.effect_id, event.tool_call_id, text)
+            stops = ok and event.name in state.spec.stop_tools
+            return replace(ended, stop_result=event.result) if stops else ended
         case ev.AgentFinished():
             return replace(state, status="finished", answer=event.result)
         case ev.AgentFailed():
