@@ -35,6 +35,8 @@ from nexactor.wire import (
 log = logging.getLogger("nexactor.node")
 
 SWEEP_S = 1.0
+ROLL_CALL_S = 1.0
+"""How long after joining a node may still not have heard of all others."""
 _MOVED = "Moved"
 """The reply of a node that does not host the actor any more: the sender looks it up again."""
 _ERRORS: dict[str, type[NexactorError]] = {
@@ -67,6 +69,7 @@ class Node:
         self._cells: dict[str, Cell] = {}
         self._stations: dict[str, str] = {}
         self._scope: asyncio.TaskGroup
+        self._known_by = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -76,6 +79,7 @@ class Node:
     async def __aenter__(self) -> Node:
         self._scope = await asyncio.TaskGroup().__aenter__()
         try:
+            self._known_by = asyncio.get_running_loop().time() + ROLL_CALL_S
             await self.transport.join(self.info, self._on_ask, self._on_tell, self._on_wake)
         except BaseException as error:
             await self._scope.__aexit__(type(error), error, error.__traceback__)
@@ -166,6 +170,11 @@ class Node:
         if placed is None or placed not in live:
             kind = kind_of(address)
             chosen = choose_node(address, live.values(), kind, avoid)
+            while chosen is None and asyncio.get_running_loop().time() < self._known_by:
+                # Just joined: the others' answers to the roll call are still on their way.
+                await asyncio.sleep(0.01)
+                live = self.transport.live()
+                chosen = choose_node(address, live.values(), kind, avoid)
             if chosen is None:
                 raise NexactorError(
                     f"no live node hosts actors of kind {kind!r}: start one with `nexactor node`"

@@ -17,7 +17,6 @@ from nexactor.events import types as ev
 from nexactor.events.cursor import START
 from nexactor.events.envelope import Recorded
 from nexactor.events.errors import LogError, NexactorError
-from nexactor.events.ids import kind_of
 from nexactor.events.log import EventLog, Filter
 from nexactor.spec import load_stored_spec
 
@@ -67,19 +66,56 @@ async def replay_run(log: EventLog, run: str) -> ReplayReport:
     """Replay every agent of a run. Raises LogError if there is no such run; damage is reported as a divergence."""
     streams = await _streams(log, run)
     events = prompts = 0
+    ends: dict[str, tuple[str, str, str]] = {}
+    children: list[_Child] = []
+    divergence: Divergence | None = None
     for stream in streams:
         try:
             recorded = [r async for r in log.read(stream)]
-            divergence, asked = await _replay(log, stream, recorded)
+            replayed = await _replay(log, stream, recorded)
         except NexactorError as error:
-            return ReplayReport(
-                run, len(streams), events, prompts, Divergence(stream, 0, str(error), "intact events")
-            )
+            divergence = Divergence(stream, 0, str(error), "intact events")
+            break
         events += len(recorded)
-        prompts += asked
-        if divergence is not None:
-            return ReplayReport(run, len(streams), events, prompts, divergence)
-    return ReplayReport(run, len(streams), events, prompts, None)
+        prompts += replayed.prompts
+        children += replayed.children
+        if replayed.state is not None:
+            s = replayed.state
+            result = (s.answer if s.status == "finished" else s.error) or ""
+            ends[stream] = (s.messages[0].content, s.status, result)
+        if (divergence := replayed.divergence) is not None:
+            break
+    return ReplayReport(run, len(streams), events, prompts, divergence or _families_agree(children, ends))
+
+
+class _Child(msgspec.Struct, frozen=True):
+    """A sub-agent as its parent's stream tells it. `status` is empty while its answer is out."""
+
+    parent: str
+    version: int
+    child: str
+    input: str
+    status: str = ""
+    result: str = ""
+
+
+class _Replayed(msgspec.Struct, frozen=True):
+    divergence: Divergence | None
+    prompts: int
+    state: AgentState | None
+    children: tuple[_Child, ...]
+
+
+def _families_agree(children: list[_Child], ends: dict[str, tuple[str, str, str]]) -> Divergence | None:
+    """What parents say of their children against what the children's own streams say."""
+    for c in children:
+        said = (c.input, c.status, c.result)
+        own = ends.get(c.child)
+        if c.status and own is None and c.status == "finished":
+            return Divergence(c.parent, c.version, f"{c.child} {c.status}", "the child has no events")
+        if c.status and own is not None and own != said:
+            return Divergence(c.parent, c.version, f"{c.child}: {said}", f"its own stream: {own}")
+    return None
 
 
 async def _streams(log: EventLog, run: str) -> list[str]:
@@ -102,11 +138,16 @@ async def _streams(log: EventLog, run: str) -> list[str]:
     return streams
 
 
-async def _replay(log: EventLog, stream: str, events: list[Recorded]) -> tuple[Divergence | None, int]:
-    assert kind_of(stream) == "agent"
+async def _replay(log: EventLog, stream: str, events: list[Recorded]) -> _Replayed:
     state: AgentState | None = None
     expected: deque[ev.Event] = deque()
+    children: dict[str, _Child] = {}
+    tools: set[str] = set()
     prompts = 0
+
+    def diverged(version: int, recorded: str, replayed: str) -> _Replayed:
+        return _Replayed(Divergence(stream, version, recorded, replayed), prompts, None, ())
+
     for recorded in events:
         event = recorded.event
         if state is not None:
@@ -119,27 +160,59 @@ async def _replay(log: EventLog, stream: str, events: list[Recorded]) -> tuple[D
                 ):
                     expected.clear()  # The node or a person ended the agent before it could do what it would.
                 elif wanted != event:
-                    return Divergence(stream, recorded.version, _show(event), _show(wanted)), prompts
-            elif isinstance(event, _DECISIONS) and not _external(event):
-                return Divergence(stream, recorded.version, _show(event), "nothing to do here"), prompts
+                    return diverged(recorded.version, _show(event), _show(wanted))
+            elif (why := _out_of_place(state, event)) is not None:
+                return diverged(recorded.version, _show(event), why)
         elif isinstance(event, ev.AgentStarted):
             spec = await load_stored_spec(log, event.spec)
             state = AgentState(stream, spec, version=recorded.version - 1)
-        prompts += isinstance(event, ev.ModelCallStarted)
+        match event:
+            case ev.ModelCallStarted():
+                prompts += 1
+                if event.tools not in tools:
+                    await log.get_blob(event.tools)
+                    tools.add(event.tools)
+            case ev.SubAgentStarted():
+                children[event.effect_id] = _Child(stream, recorded.version, event.child, event.input)
+            case ev.SubAgentFinished() if event.effect_id in children:
+                children[event.effect_id] = msgspec.structs.replace(
+                    children[event.effect_id],
+                    version=recorded.version,
+                    status=event.status,
+                    result=event.result,
+                )
         if state is not None:
             state = evolve(state, event)
     if state is not None and not expected:
         expected.extend(e for effect in decide(state) for e in start_events(state, effect))
     if expected:
-        return Divergence(stream, len(events) + 1, "the log ends here", _show(expected[0])), prompts
-    return None, prompts
+        return diverged(len(events) + 1, "the log ends here", _show(expected[0]))
+    return _Replayed(None, prompts, state, tuple(children.values()))
 
 
-def _external(event: ev.Event) -> bool:
-    """Ends that did not come from `decide`: a failure of the node, or a person's cancellation."""
-    return isinstance(event, ev.AgentFailed) or (
-        isinstance(event, ev.RunFinished) and event.status in ("failed", "cancelled")
-    )
+def _out_of_place(state: AgentState, event: ev.Event) -> str | None:
+    """Why an event that `decide` did not call for cannot stand where it stands; None if it can."""
+    match event:
+        case ev.ModelCallFinished() | ev.ModelCallFailed() | ev.ReasoningStep():
+            if event.call_id not in state.pending:
+                return "no such model call is in flight"
+        case ev.ToolCallFinished() | ev.ToolCallFailed() | ev.SubAgentFinished():
+            if event.effect_id not in state.pending:
+                return "no such effect is in flight"
+        case ev.AgentFailed():
+            return (
+                None
+                if event.infra and not state.ended
+                else "the agent has ended, or decides its own failures"
+            )
+        case ev.AgentCancelled():
+            return "the agent has ended" if state.ended else None
+        case ev.RunFinished():
+            if (event.status, event.result) != (state.status, state.error) or state.status == "finished":
+                return f"the agent {state.status}: {state.error or state.answer}"
+        case _ if isinstance(event, _DECISIONS):
+            return "nothing to do here"
+    return None
 
 
 def _show(event: ev.Event, limit: int = 600) -> str:

@@ -25,7 +25,17 @@ PolicyName = Annotated[str, typer.Option(help="A policy's name, folder or GGUF; 
 Team = Annotated[Path, typer.Option(metavar="SPEC", help="The two-level team that takes the tasks.")]
 Json = Annotated[bool, typer.Option("--json", help="The summary as one JSON object on stdout.")]
 
-ZEROS = ("runs_lost", "events_lost", "model_calls_repeated", "effects_repeated", "replays_failed")
+ZEROS = (
+    "runs_lost",
+    "runs_failed",
+    "events_lost",
+    "model_calls_repeated",
+    "effects_repeated",
+    "learner_steps_irregular",
+    "replays_failed",
+)
+KINDS = 4
+"""Kinds of process, each of which the demo must have killed."""
 
 
 def demo(
@@ -62,7 +72,8 @@ def demo(
     console.print(f"look around:    nexactor --data {out / 'data'} runs")
     if json:
         typer.echo(to_json(summary))
-    if any(summary[k] for k in ZEROS):
+    complete = len(summary["kills"]) == KINDS and summary["replays_verified"] == summary["runs"]
+    if any(summary[k] for k in ZEROS) or not complete:
         raise typer.Exit(1)
 
 
@@ -116,6 +127,7 @@ def _table(summary: dict[str, Any]) -> Table:
             ("events", "events"),
             ("model calls", "model_calls"),
             ("runs lost", "runs_lost"),
+            ("runs failed", "runs_failed"),
             ("events lost", "events_lost"),
             ("model calls repeated", "model_calls_repeated"),
             ("effects repeated", "effects_repeated"),

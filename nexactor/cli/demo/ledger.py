@@ -29,6 +29,7 @@ class Accounts(msgspec.Struct):
     generations: int
     effects: int
     runs_lost: int
+    runs_failed: int
     events_lost: int
     model_calls_repeated: int
     effects_repeated: int
@@ -36,6 +37,7 @@ class Accounts(msgspec.Struct):
     outcome_unknown: int
     splits: int
     activations: int
+    steps_irregular: int
 
 
 async def audit(
@@ -49,6 +51,8 @@ async def audit(
     """Walk the whole log once and hold it against the ledgers."""
     by_stream: dict[str, dict[int, str]] = {}
     finished: Counter[str] = Counter()
+    failed = 0
+    steps: list[ev.LearnerStep] = []
     ended_calls: Counter[str] = Counter()
     ended_effects: Counter[str] = Counter()
     sampled: set[str] = set()
@@ -60,8 +64,11 @@ async def audit(
         events += 1
         by_stream.setdefault(recorded.stream, {})[recorded.version] = recorded.hash.hex()
         match recorded.event:
-            case ev.RunFinished():
+            case ev.RunFinished() as run:
                 finished[recorded.envelope.run] += 1
+                failed += run.status != "finished"
+            case ev.LearnerStep() as step:
+                steps.append(step)
             case ev.ActorActivated():
                 activations += 1
             case ev.ModelCallFinished() as call:
@@ -102,14 +109,25 @@ async def audit(
         generations=sum(generation_counts.values()),
         effects=sum(applied.values()),
         runs_lost=len(wanted - finished.keys()),
+        runs_failed=failed,
         events_lost=lost,
-        model_calls_repeated=_extra(generation_counts) + _extra(ended_calls),
+        # Generated and in no run: paid for, then asked again under another id.
+        model_calls_repeated=_extra(generation_counts)
+        + _extra(ended_calls)
+        + len(generation_counts.keys() - ended_calls.keys()),
         effects_repeated=_extra(applied) + _extra(ended_effects),
         reattached=reattached,
         outcome_unknown=unknown,
         splits=splits,
         activations=activations,
+        steps_irregular=_irregular(steps),
     )
+
+
+def _irregular(steps: list[ev.LearnerStep]) -> int:
+    """Steps out of the sequence 1, 2, 3..., and model calls trained on in two steps: 0 after a true restart."""
+    out_of_order = sum(step.step != n for n, step in enumerate(steps, start=1))
+    return out_of_order + _extra(Counter(id for step in steps for id in step.events))
 
 
 def _missing(by_stream: dict[str, dict[int, str]], journals: Iterable[Path]) -> tuple[int, int]:

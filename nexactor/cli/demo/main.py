@@ -36,6 +36,8 @@ Say = Callable[[str], None]
 Tick = Callable[[str, int, int], None]
 LEARNER = "demo"
 MARKER = ".nexactor-demo"
+GRACE_S = 300.0
+"""How long anything may take that should take seconds."""
 
 
 class Demo:
@@ -49,6 +51,7 @@ class Demo:
         self.model_port = 0
         self._stack = AsyncExitStack()
         self._began = time.monotonic()
+        self._batch = asyncio.Lock()
 
     async def run(self) -> dict[str, Any]:
         """The whole demo; returns what it wrote to summary.json."""
@@ -58,8 +61,8 @@ class Demo:
             before = await self._evaluate(
                 "before",
                 kills=[
-                    (0.2, "node", self._kill_node),
-                    (0.55, "policy server", self._kill_policy),
+                    (0.2, self._kill_node),
+                    (0.55, self._kill_policy),
                 ],
             )
             validation = await self._learn()
@@ -140,9 +143,14 @@ class Demo:
         """Wait until the policy server answers; with these weights, if a version is named."""
         import aiohttp
 
+        deadline = time.monotonic() + GRACE_S
         async with aiohttp.ClientSession() as session:
             while True:
                 self._check()
+                if time.monotonic() > deadline:
+                    raise NexactorError(
+                        f"the policy server did not come up with {version or 'its policy'}: {self.server.log}"
+                    )
                 try:
                     async with session.get(f"http://127.0.0.1:{self.model_port}/readyz") as response:
                         ready = response.status == 200
@@ -158,37 +166,35 @@ class Demo:
     # ---- kills ----------------------------------------------------------------------------------------------
 
     async def _kill_node(self) -> None:
-        node = self.nodes[0]
-        await node.kill()
-        await node.start()
+        await self._kill("node", self.nodes[0])
 
     async def _kill_policy(self) -> None:
-        await self.server.kill()
-        await self.server.start()
-
-    async def _kill_broker(self) -> None:
-        import os
-        import signal
-
-        from nexactor.events.broker import broker_pid
-
-        pid = broker_pid(self.out / "data")
-        if pid is None:
-            raise NexactorError("the demo's broker has no process to kill")
-        os.kill(pid, signal.SIGKILL)  # The keepers in all processes see it gone; one starts it again.
+        await self._kill("policy server", self.server)
 
     async def _kill_learner(self) -> None:
-        await self.learner.kill()
-        await self.learner.start()
+        await self._kill("learner", self.learner)
 
-    async def _kill(self, kind: str, how: Callable[[], Any]) -> None:
+    async def _kill_broker(self) -> None:
+        from nexactor.events.broker import kill_server
+
+        # The keepers in all processes see it gone; one of them starts it again.
+        if kill_server(self.out / "data") is None:
+            raise NexactorError("the demo's broker has no process to kill")
+        self._killed("broker")
+
+    async def _kill(self, kind: str, child: Child) -> None:
+        if not await child.kill():
+            raise NexactorError(f"the {kind} had ended by itself before it could be killed: see {child.log}")
+        self._killed(kind)
+        await child.start()
+
+    def _killed(self, kind: str) -> None:
         self.kills[kind] += 1
         self.say(f"SIGKILL to the {kind} in the middle of its work; started again")
-        await how()
 
     # ---- evaluation -----------------------------------------------------------------------------------------
 
-    async def _evaluate(self, phase: str, kills: list[tuple[float, str, Callable[[], Any]]]) -> list[Outcome]:
+    async def _evaluate(self, phase: str, kills: list[tuple[float, Callable[[], Any]]]) -> list[Outcome]:
         """The held-out tasks, and those of a family that is never trained on, by the policy as it is served now."""
         tasks = [
             *self.environment.tasks("heldout", self.plan.held_out),
@@ -207,8 +213,8 @@ class Demo:
                 self._check()
                 self.tick(f"held-out tasks {phase} training ({solved} solved)", done, len(tasks))
                 while waiting and done >= waiting[0][0] * len(tasks):
-                    _, kind, how = waiting.pop(0)
-                    group.create_task(self._kill(kind, how))
+                    _, how = waiting.pop(0)
+                    group.create_task(how())
 
             self.tick(f"held-out tasks {phase} training", 0, len(tasks))
             outcomes = await self._roll(tasks, self._spec(self.model_url), f"heldout-{phase}", on_outcome)
@@ -254,16 +260,31 @@ class Demo:
             demonstrations = group.create_task(self._demonstrate())
             watching = group.create_task(self._watch_steps(began))
             playing = group.create_task(self._validate(validation))
+            guarding = group.create_task(self._guard(watching))
             await demonstrations
             await watching
-            playing.cancel()
-        code = await self.learner.wait()
+            guarding.cancel()
+            async with self._batch:  # What is being played is played to its end.
+                playing.cancel()
+        async with asyncio.timeout(GRACE_S):
+            code = await self.learner.wait()
         if code != 0:
             self.learner.check()
         version = await self._newest_version()
         await self._served(version)
         self.say(f"trained; the policy server answers with {version} [{time.monotonic() - began:.0f} s]")
         return validation
+
+    async def _guard(self, watching: asyncio.Task[None]) -> None:
+        """A process that ended when it should not ends the demo, rather than leave it waiting."""
+        while not watching.done():
+            self._check()
+            self.learner.check()
+            if self.learner.ended_well:
+                await asyncio.wait([watching], timeout=GRACE_S)
+                if not watching.done():
+                    raise NexactorError(f"the learner ended before its last step: see {self.learner.log}")
+            await asyncio.sleep(1.0)
 
     def _learner_config(self) -> str:
         import yaml
@@ -299,7 +320,7 @@ class Demo:
                 self.tick(f"expert's demonstrations ({solved} solved)", done, len(tasks))
                 if not killed and done >= 0.4 * len(tasks):
                     killed = True
-                    group.create_task(self._kill("broker", self._kill_broker))
+                    group.create_task(self._kill_broker())
 
             await self._roll(tasks, self._spec(self.expert_url), "expert", on_outcome, parallel=8)
         self.say(f"{solved} of {len(tasks)} demonstrations recorded by the same agents in the same log")
@@ -321,7 +342,7 @@ class Demo:
                         loss = step.metrics.get("loss", 0.0)
                         self.tick(f"gradient steps (loss {loss:.3f})", step.step, total)
                         if step.step >= total * 0.35 and not self.kills["learner"]:
-                            await self._kill("learner", self._kill_learner)
+                            await self._kill_learner()
                         elif time.monotonic() - began > self.plan.train_seconds:
                             self.say("the time for training is up: the learner finishes its step")
                             await self.learner.stop(grace=120)
@@ -340,7 +361,8 @@ class Demo:
             assert isinstance(recorded.event, PolicyPublished)
             tasks = self.environment.tasks("train", self.plan.validation, offset)
             offset += len(tasks)
-            outcomes += await self._roll(tasks, spec, "validation", parallel=4)
+            async with self._batch:
+                outcomes += await self._roll(tasks, spec, "validation", parallel=4)
 
     async def _newest_version(self) -> str:
         version = ""
@@ -425,7 +447,7 @@ class Demo:
             "success_after": a.rate,
             "success_before_interval": [b.low, b.high],
             "success_after_interval": [a.low, a.high],
-            "held_out_tasks": b.n,
+            "held_out_tasks": min(b.n, a.n),
             "novel_family": {
                 "before": msgspec.to_builtins(_success(before, "novel")),
                 "after": msgspec.to_builtins(_success(after, "novel")),
@@ -436,6 +458,7 @@ class Demo:
             "model_calls": accounts.model_calls,
             "kills": dict(self.kills),
             "runs_lost": accounts.runs_lost,
+            "runs_failed": accounts.runs_failed,
             "events_lost": accounts.events_lost,
             "model_calls_repeated": accounts.model_calls_repeated,
             "effects_repeated": accounts.effects_repeated,
@@ -453,6 +476,7 @@ class Demo:
             "model_calls_reattached": accounts.reattached,
             "tool_outcomes_unknown": accounts.outcome_unknown,
             "learner_steps": len(steps),
+            "learner_steps_irregular": accounts.steps_irregular,
             "policy": self.policy,
         }
         (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -18,7 +18,6 @@ class Child:
     def __init__(self, name: str, arguments: list[str], *, log: Path, env: dict[str, str]) -> None:
         self.name, self.log = name, log
         self.starts = 0
-        self.finished = asyncio.Event()
         self._command = [sys.executable, "-m", "nexactor", *arguments]
         self._env = {**os.environ, **env}
         self._process: asyncio.subprocess.Process | None = None
@@ -28,9 +27,13 @@ class Child:
     def running(self) -> bool:
         return self._process is not None and self._process.returncode is None
 
+    @property
+    def ended_well(self) -> bool:
+        """Whether it ran to its end by itself."""
+        return self._process is not None and self._process.returncode == 0
+
     async def start(self) -> None:
         """Start it; a session of its own, so that a Ctrl-C in the terminal reaches only the demo."""
-        self._expected = False
         self.starts += 1
         with self.log.open("ab") as output:
             self._process = await asyncio.create_subprocess_exec(
@@ -41,14 +44,15 @@ class Child:
                 env=self._env,
                 start_new_session=True,
             )
+        self._expected = False
 
-    async def kill(self) -> None:
-        """SIGKILL, at once."""
+    async def kill(self) -> bool:
+        """SIGKILL, at once. Whether that is what ended it (it may have ended by itself before)."""
         assert self._process is not None
         self._expected = True
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGKILL)
-        await self._process.wait()
+        return await self._process.wait() == -signal.SIGKILL
 
     async def stop(self, grace: float = 30.0) -> None:
         """SIGTERM, then SIGKILL after `grace` seconds."""
