@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import signal
 import uuid
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from importlib.util import find_spec
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from nexactor.events.broker import Broker
 
 IN_CI = os.environ.get("CI") == "true"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Started in the background of a script: children would inherit that Ctrl-C is ignored, and some tests send it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
