@@ -86,3 +86,28 @@ async def test_a_ledger_that_lacks_what_the_log_has_is_an_error_not_a_zero(
 ) -> None:
     with pytest.raises(LogError, match="ledger of the"):
         await _audit(tmp_path, await _log(), **{missing: {} if missing == "generation_counts" else []})
+
+
+async def test_a_generation_that_is_in_no_run_was_paid_for_in_vain(tmp_path: Path) -> None:
+    a = await _audit(tmp_path, await _log(), generation_counts={"c1": 1, "c2": 1})
+    assert a.model_calls_repeated == 1
+
+
+async def test_a_failed_run_is_counted(tmp_path: Path) -> None:
+    log = await _log()
+    await log.append("agent/r2", [ev.RunFinished(status="failed")], expected_version=0)
+    assert (await _audit(tmp_path, log, runs=["r1", "r2"])).runs_failed == 1
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [[(1, "a"), (1, "b")], [(1, "a"), (3, "b")], [(1, "a"), (2, "a")]],
+    ids=["twice", "gap", "event twice"],
+)
+async def test_a_step_done_twice_left_out_or_trained_on_the_same_call_is_irregular(
+    tmp_path: Path, steps: list[tuple[int, str]]
+) -> None:
+    log = await _log()
+    events = [ev.LearnerStep(step=n, events=(id,), cursor="1") for n, id in steps]
+    await log.append("learner/demo", events, expected_version=0)
+    assert (await _audit(tmp_path, log)).steps_irregular == 1

@@ -12,7 +12,7 @@ import pytest
 from nexactor import cell
 from nexactor.actor import Actor
 from nexactor.events.broker import Broker
-from nexactor.events.errors import NexactorError
+from nexactor.events.errors import NexactorError, VersionConflict
 from nexactor.events.memory import MemoryLog
 from nexactor.events.types import Annotated, Event
 from nexactor.node import Node
@@ -41,12 +41,19 @@ class Foreign(msgspec.Struct, frozen=True):
     pass
 
 
+class Fence(msgspec.Struct, frozen=True):
+    """Wait for the gate, then find out that another node owns the actor."""
+
+
+gates: list[asyncio.Event] = []
+
+
 class Counter(Actor):
     """Counts in the log."""
 
     kind: ClassVar[str] = "counter"
     keeps_state: ClassVar[bool] = True
-    accepts: ClassVar[tuple[type[msgspec.Struct], ...]] = (Add, Total, Crash, Hang)
+    accepts: ClassVar[tuple[type[msgspec.Struct], ...]] = (Add, Total, Crash, Hang, Fence)
 
     def initial(self) -> int:
         return 0
@@ -64,6 +71,9 @@ class Counter(Actor):
                 raise RuntimeError("boom")
             case Hang():
                 await asyncio.Event().wait()
+            case Fence():
+                await gates[-1].wait()
+                raise VersionConflict(self.address, 1, 2)
         return None
 
 
@@ -144,6 +154,25 @@ async def test_a_full_mailbox_rejects_an_ask_and_makes_a_local_tell_wait(pair: t
     await asyncio.sleep(0)
     assert not blocked.done()
     blocked.cancel()
+
+
+async def test_a_tell_that_waits_for_room_reaches_the_next_activation(pair: tuple[Node, Node]) -> None:
+    host = pair[0]
+    small = host.ref("small/r")
+    gates.append(asyncio.Event())
+    await small.tell(Fence())
+    first = host._cells["small/r"]
+    while first._mailbox:
+        await asyncio.sleep(0)
+    await small.tell(Total())
+    await small.tell(Total())
+    blocked = asyncio.ensure_future(small.tell(Add(1)))
+    await asyncio.sleep(0)
+    assert not blocked.done()
+    gates[-1].set()
+    await blocked
+    assert first.closed
+    assert host._cells["small/r"] is not first
 
 
 async def test_a_command_is_durable_and_taken_once(pair: tuple[Node, Node]) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import msgspec
+import asyncio
 
+import msgspec
+import pytest
+
+from nexactor import cell
+from nexactor.agent.shell import StartAgent
 from nexactor.events import types as ev
+from nexactor.events.messages import Message, ToolCall
 from nexactor.replay import replay_run
-from nexactor.system import Agent, System
+from nexactor.system import Agent, Run, System
 from nexactor.testing import ScriptedModel, call, calls
 from nexactor.tools import tool
 
@@ -117,3 +123,75 @@ async def test_events_are_encodable_as_json_for_scripts(system: System) -> None:
         run = await system.start(Agent("a", llm=model.llm), "go")
         await run.wait()
     assert all([msgspec.json.encode(r.event) async for r in run.events()])
+
+
+async def test_children_have_names_of_their_own_when_tools_are_called_between_them(system: System) -> None:
+    def script(messages: list[dict[str, object]]) -> object:
+        if messages[0]["content"] == "You work.":
+            return "ok"
+        turn = sum(m["role"] == "assistant" for m in messages)
+        first = calls(("add", {"a": 1, "b": 2}), ("worker", {"message": "A"}))
+        return [first, calls(("worker", {"message": "B"})), "end"][turn]
+
+    async with ScriptedModel(script) as model:
+        worker = Agent("worker", llm=model.llm, system_prompt="You work.")
+        lead = Agent("lead", llm=model.llm, system_prompt="You lead.", tools=[add], sub_agents=[worker])
+        run = await system.start(lead, "go")
+        assert (await run.wait()).result == "end"
+    children = [r.event.child async for r in run.events() if isinstance(r.event, ev.SubAgentStarted)]
+    assert children == [f"agent/{run.id}/worker-1", f"agent/{run.id}/worker-2"]
+    assert (await replay_run(system.log, run.id)).ok
+
+
+async def test_a_run_whose_spec_is_gone_ends_as_failed_instead_of_hanging(
+    system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cell, "BACKOFF_S", 0.0001)
+    await system._watch("r1")
+    start = StartAgent(spec="0" * 64, input="go")
+    await system.node.command("agent/r1", start, id="agent/r1#start")
+    result = await Run(system, "r1").wait()
+    assert result.status == "failed"
+    while await system.node.transport.addresses_pending():
+        await asyncio.sleep(0)
+
+
+async def test_a_cancelled_run_takes_its_children_with_it(system: System) -> None:
+    working = asyncio.Event()
+
+    async def script(messages: list[dict[str, object]]) -> object:
+        if messages[0]["content"] == "You work.":
+            working.set()
+            await asyncio.Event().wait()
+        return calls(("worker", {"message": "A"}))
+
+    async with ScriptedModel(script) as model:
+        worker = Agent("worker", llm=model.llm, system_prompt="You work.")
+        run = await system.start(Agent("lead", llm=model.llm, sub_agents=[worker]), "go")
+        await working.wait()
+        await run.cancel("enough")
+        assert (await run.wait()).status == "cancelled"
+        while await system.node.transport.addresses_pending():
+            await asyncio.sleep(0)
+    cancelled = {r.stream async for r in run.events() if isinstance(r.event, ev.AgentCancelled)}
+    assert cancelled == {f"agent/{run.id}", f"agent/{run.id}/worker-1"}
+    assert (await replay_run(system.log, run.id)).ok
+
+
+async def test_two_calls_with_one_id_get_their_own_results(system: System) -> None:
+    twice = Message(
+        "assistant",
+        tool_calls=(ToolCall("same", "add", '{"a":1,"b":1}'), ToolCall("same", "add", '{"a":2,"b":2}')),
+    )
+    async with ScriptedModel([twice, "done"]) as model:
+        await system.run(Agent("adder", llm=model.llm, tools=[add]), "go")
+    assert [m["content"] for m in model.requests[1]["messages"] if m["role"] == "tool"] == ["2", "4"]
+
+
+async def test_many_starts_share_one_follower_of_the_log(system: System) -> None:
+    async with ScriptedModel(lambda messages: "ok") as model:
+        agent = Agent("a", llm=model.llm)
+        runs = await asyncio.gather(*(system.start(agent, str(i)) for i in range(8)))
+        followers = [t for t in asyncio.all_tasks() if getattr(t.get_coro(), "__name__", "") == "_follow"]
+        assert len(followers) == 1
+        assert {r.status for r in await asyncio.gather(*(run.wait() for run in runs))} == {"finished"}

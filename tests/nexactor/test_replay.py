@@ -9,10 +9,11 @@ from nexactor.agent import decide as core
 from nexactor.events import types as ev
 from nexactor.events.errors import LogError
 from nexactor.events.memory import MemoryLog
+from nexactor.events.messages import Message
 from nexactor.replay import replay_run
 from nexactor.spec import load_stored_spec
 from nexactor.system import Agent, System
-from nexactor.testing import ScriptedModel, call
+from nexactor.testing import ScriptedModel, call, calls
 from nexactor.tools import tool
 
 
@@ -28,10 +29,12 @@ async def _run(system: System) -> str:
         return (await system.run(agent, "1 + 2?")).run
 
 
-async def _copy(log: MemoryLog, run: str, change: object) -> MemoryLog:
-    """A log with the same blobs and events, but for one changed event (its chain recomputed: a patient forger)."""
-    forged = MemoryLog()
-    stream = f"agent/{run}"
+async def _copy(
+    log: MemoryLog, run: str, change: object, *, stream: str = "", into: MemoryLog | None = None
+) -> MemoryLog:
+    """A log with one stream's blobs and events, one event changed (its chain recomputed: a patient forger)."""
+    forged = into or MemoryLog()
+    stream = stream or f"agent/{run}"
     events = [change(r.event) async for r in log.read(stream)]  # type: ignore[operator]
     for event in events:
         if isinstance(event, ev.AgentStarted | ev.ModelCallStarted):
@@ -109,3 +112,49 @@ async def test_other_agent_code_diverges_and_both_sides_are_shown(
 async def test_an_unknown_run_is_an_error(system: System) -> None:
     with pytest.raises(LogError, match="no run nope"):
         await replay_run(system.log, "nope")
+
+
+async def _team_run(system: System) -> str:
+    def script(messages: list[dict[str, object]]) -> object:
+        if messages[0]["content"] == "You work." or messages[-1]["role"] == "tool":
+            return "ok"
+        return calls(("worker", {"message": "A"}))
+
+    async with ScriptedModel(script) as model:
+        worker = Agent("worker", llm=model.llm, system_prompt="You work.")
+        return (await system.run(Agent("lead", llm=model.llm, sub_agents=[worker]), "go")).run
+
+
+async def test_a_childs_stream_that_is_gone_or_says_something_else_is_found(system: System) -> None:
+    assert isinstance(system.log, MemoryLog)
+    run = await _team_run(system)
+    root = await _copy(system.log, run, lambda e: e)
+    report = await replay_run(root, run)
+    assert report.divergence is not None
+    assert "the child has no events" in report.divergence.replayed
+
+    def change(event: ev.Event) -> ev.Event:
+        return msgspec.structs.replace(event, input="B") if isinstance(event, ev.AgentStarted) else event
+
+    other = await _copy(system.log, run, change, stream=f"agent/{run}/worker-1", into=root)
+    report = await replay_run(other, run)
+    assert report.divergence is not None
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ev.ToolCallFinished(effect_id="none", tool_call_id="t", name="add", result="5"),
+        ev.ModelCallFinished(call_id="none", message=Message("assistant", "x"), finish_reason="stop"),
+        ev.RunFinished(status="failed", result="no"),
+        ev.AgentFailed(error="no", infra=True),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+async def test_an_event_where_none_was_due_is_found(system: System, extra: ev.Event) -> None:
+    assert isinstance(system.log, MemoryLog)
+    run = await _run(system)
+    await system.log.append(
+        f"agent/{run}", [extra], expected_version=await system.log.version(f"agent/{run}")
+    )
+    assert not (await replay_run(system.log, run)).ok
