@@ -15,12 +15,10 @@ from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from nexactor.cli.demo.curve import draw_curve
 from nexactor.cli.demo.ledger import Accounts, audit
 from nexactor.cli.demo.plan import DemoPlan
 from nexactor.cli.demo.processes import Child
+from nexactor.cli.demo.report import Results, success, write_report
 from nexactor.events.cursor import START
 from nexactor.events.errors import ConfigError, NexactorError
 from nexactor.events.log import Filter
@@ -28,7 +26,6 @@ from nexactor.events.types import LearnerStep, ModelCallFinished, PolicyPublishe
 from nexactor.rollouts import Outcome, roll_out
 from nexactor.spec import SpecTree
 from nexactor.spec_yaml import load_spec
-from nexactor.statistics import Rate, rate
 from nexactor.system import System
 from nexactor.tools.environment import Task
 
@@ -68,9 +65,23 @@ class Demo:
             validation = await self._learn()
             after = await self._evaluate("after", kills=[])
             accounts = await self._account()
-            curve = await self._steps()
-        replays = await self._replay()
-        return self._report(before, after, validation, accounts, curve, replays)
+            steps, versions, played = await self._steps()
+        return write_report(
+            self.out,
+            Results(
+                self.policy,
+                before,
+                after,
+                validation,
+                accounts,
+                steps,
+                versions,
+                played,
+                replays=await self._replay(),
+                kills=dict(self.kills),
+                seconds=time.monotonic() - self._began,
+            ),
+        )
 
     # ---- setting up -----------------------------------------------------------------------------------------
 
@@ -218,9 +229,9 @@ class Demo:
 
             self.tick(f"held-out tasks {phase} training", 0, len(tasks))
             outcomes = await self._roll(tasks, self._spec(self.model_url), f"heldout-{phase}", on_outcome)
-        r = _success(outcomes, "heldout")
+        r = success(outcomes, "heldout")
         self.say(
-            f"success {phase}: {r}; never trained family: {_success(outcomes, 'novel')}"
+            f"success {phase}: {r}; never trained family: {success(outcomes, 'novel')}"
             f" [{time.monotonic() - began:.0f} s]"
         )
         return outcomes
@@ -419,83 +430,6 @@ class Demo:
         if not lines:
             raise NexactorError(f"the replay printed nothing (exit code {code})")
         return dict(json.loads(lines[-1]))
-
-    def _report(
-        self,
-        before: list[Outcome],
-        after: list[Outcome],
-        validation: list[Outcome],
-        accounts: Accounts,
-        curve: tuple[list[dict[str, float]], dict[str, int], dict[str, str]],
-        replays: dict[str, Any],
-    ) -> dict[str, Any]:
-        steps, versions, played = curve
-        by_step: dict[int, list[Outcome]] = {}
-        for outcome in validation:
-            by_step.setdefault(versions.get(played.get(outcome.run, ""), 0), []).append(outcome)
-        b, a = _success(before, "heldout"), _success(after, "heldout")
-        draw_curve(
-            self.out / "learning_curve.png",
-            steps=steps,
-            validation=[(s, _success(o, "train")) for s, o in sorted(by_step.items())],
-            before=b,
-            after=a,
-            title=f"{self.policy} on workspace tasks: SFT from the live log of its own agents",
-        )
-        summary: dict[str, Any] = {
-            "success_before": b.rate,
-            "success_after": a.rate,
-            "success_before_interval": [b.low, b.high],
-            "success_after_interval": [a.low, a.high],
-            "held_out_tasks": min(b.n, a.n),
-            "novel_family": {
-                "before": msgspec.to_builtins(_success(before, "novel")),
-                "after": msgspec.to_builtins(_success(after, "novel")),
-            },
-            "families": _families(before, after),
-            "runs": accounts.runs,
-            "events": accounts.events,
-            "model_calls": accounts.model_calls,
-            "kills": dict(self.kills),
-            "runs_lost": accounts.runs_lost,
-            "runs_failed": accounts.runs_failed,
-            "events_lost": accounts.events_lost,
-            "model_calls_repeated": accounts.model_calls_repeated,
-            "effects_repeated": accounts.effects_repeated,
-            "replays_verified": replays["verified"],
-            "replays_failed": replays["failed"],
-            "splits": accounts.splits,
-            "seconds": round(time.monotonic() - self._began, 1),
-            "infra_errors": sum(bool(o.infra) for o in (*before, *after, *validation)),
-            "ledgers": {
-                "appends_acknowledged": accounts.acknowledged,
-                "generations": accounts.generations,
-                "effects": accounts.effects,
-            },
-            "activations": accounts.activations,
-            "model_calls_reattached": accounts.reattached,
-            "tool_outcomes_unknown": accounts.outcome_unknown,
-            "learner_steps": len(steps),
-            "learner_steps_irregular": accounts.steps_irregular,
-            "policy": self.policy,
-        }
-        (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        return summary
-
-
-def _success(outcomes: list[Outcome], split: str) -> Rate:
-    """The rate over tasks of a split; infrastructure failures are no verdicts and are left out."""
-    counted = [o for o in outcomes if o.task.split == split and not o.infra]
-    return rate(sum(o.success for o in counted), len(counted))
-
-
-def _families(before: list[Outcome], after: list[Outcome]) -> dict[str, dict[str, Any]]:
-    out: dict[str, dict[str, Any]] = {}
-    for name, outcomes in (("before", before), ("after", after)):
-        for family in sorted({o.task.family for o in outcomes}):
-            of = [o for o in outcomes if o.task.family == family and not o.infra]
-            out.setdefault(family, {})[name] = msgspec.to_builtins(rate(sum(o.success for o in of), len(of)))
-    return out
 
 
 def _free_port() -> int:
