@@ -88,6 +88,7 @@ class AgentActor(Actor):
         self._tools: dict[str, Tool] = {}
         self._cancelled = False
         self._refused = False
+        self._run_ended = False
 
     async def recover(self) -> None:
         """As every actor; but the spec that the fold needs is fetched when AgentStarted names it."""
@@ -108,6 +109,7 @@ class AgentActor(Actor):
         if state is None:
             self._cancelled = self._cancelled or isinstance(event, ev.AgentCancelled)
             self._refused = self._refused or isinstance(event, ev.AgentCancelled | ev.AgentFailed)
+            self._run_ended = self._run_ended or isinstance(event, ev.RunFinished)
             return None
         return evolve(state, event)
 
@@ -208,17 +210,17 @@ class AgentActor(Actor):
 
     async def _refuse(self, start: StartAgent, status: str, reason: str) -> None:
         """End an agent that never began: its spec cannot be used, or it was cancelled before its start came."""
+        events: list[ev.Event] = []
         if not self._refused:
-            end: ev.Event = (
-                ev.AgentCancelled(reason=reason)
-                if status == "cancelled"
-                else ev.AgentFailed(error=reason, infra=True)
+            cancelled = status == "cancelled"
+            events.append(
+                ev.AgentCancelled(reason=reason) if cancelled else ev.AgentFailed(error=reason, infra=True)
             )
-            run: tuple[ev.Event, ...] = ()
-            if not start.parent:
-                began = ev.RunStarted(task=start.input, spec=start.spec, agent="", labels=start.labels)
-                run = (began, ev.RunFinished(status=status, result=reason))
-            await self.record(end, *run)
+        if not start.parent and not self._run_ended:
+            events.append(ev.RunStarted(task=start.input, spec=start.spec, agent="", labels=start.labels))
+            events.append(ev.RunFinished(status=status, result=reason))
+        if events:
+            await self.record(*events)
         if start.parent:
             await self._tell_parent(start.parent, start.parent_effect, status, reason)
         if self._start is not None:

@@ -156,6 +156,18 @@ async def test_a_run_whose_spec_is_gone_ends_as_failed_instead_of_hanging(
         await asyncio.sleep(0)
 
 
+async def test_a_run_cancelled_before_its_start_arrives_never_begins(system: System) -> None:
+    async with ScriptedModel(["never"]) as model:
+        run = Run(system, "r1")
+        await run.cancel("changed my mind")
+        while await system.node.transport.addresses_pending():
+            await asyncio.sleep(0)
+        await system.start(Agent("a", llm=model.llm), "go", run="r1")
+        assert (await run.wait()).status == "cancelled"
+        assert model.requests == []
+    assert (await replay_run(system.log, "r1")).ok
+
+
 async def test_a_cancelled_run_takes_its_children_with_it(system: System) -> None:
     working = asyncio.Event()
 
