@@ -30,13 +30,13 @@ def plan(minutes: float) -> DemoPlan:
     """The plan for a machine of 2 cores: in full at 25 minutes and above, in proportion below."""
     share = min(1.0, max(minutes, 1.0) / FULL_MINUTES)
     runs_per_step = 8 if share > 0.3 else 4
-    demonstrations = max(6, round(28 * share)) * runs_per_step
+    demonstrations = max(6, round(18 * share)) * runs_per_step
     return DemoPlan(
         held_out=max(8, round(100 * share)),
         novel=max(4, round(20 * share)),
         demonstrations=demonstrations,
         runs_per_step=runs_per_step,
-        publish_every=max(2, round(7 * share)),
+        publish_every=max(2, round(5 * share)),
         validation=max(4, round(10 * share)),
         parallel=16,
         train_seconds=60.0 * minutes * 0.6,
